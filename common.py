@@ -1,0 +1,1160 @@
+# SPDX-License-Identifier: MIT
+"""What every training script needs and nothing that belongs to one method.
+
+    bad input, files, random numbers    InputError, run, atomic_write, load_file, generator
+    data                                load_dataset: a name, a folder or a packed .pt file
+    views                               random_resized_crop_params, resized_crop, ..., Augment
+    models                              resnet, mlp
+    optimisation                        LARS, make_optimizer, learning_rate
+    what a representation is worth      encode, knn_scores, collapse_figures
+    command line                        base_parser, parse_args
+    training                            prepare, train
+
+A method is a plain nn.Module with `.backbone`, `forward(views, y) -> (loss, terms)` and, where it
+needs one, `after_step(progress)`. Everything here is indifferent to which method that is.
+"""
+
+import argparse
+import contextlib
+import ctypes
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import torchvision
+import torchvision.transforms.functional as TF
+from PIL import Image
+from torch import Tensor, nn
+
+# --------------------------------------------------------------------------------------------------
+# Bad input, files, random numbers
+
+
+class InputError(ValueError):
+    """Something the user gave is wrong. The message is one line: what is wrong, what is right."""
+
+
+def check(condition, message):
+    if not condition:
+        raise InputError(message)
+
+
+def run(main) -> None:
+    """Call `main()`; bad input and failing files end in one line on stderr and exit status 2."""
+    try:
+        return main()
+    except (
+        InputError
+    ) as error:  # a DataLoader worker wraps it in a traceback: the last line is ours
+        message = str(error).strip().splitlines()[-1].removeprefix("common.InputError: ")
+    except torch.OutOfMemoryError as error:
+        message = f"out of memory, try a smaller --batch-size ({str(error).splitlines()[0]})"
+    except OSError as error:
+        message = f"{error.filename or 'file system'}: {error.strerror or error}"
+    except KeyboardInterrupt:
+        print("interrupted; --resume goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(130)
+    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+@contextlib.contextmanager
+def atomic_write(path):
+    """A binary file that takes its name when it is whole: written beside, flushed, renamed."""
+    temporary = Path(f"{path}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(value, path) -> None:
+    with atomic_write(path) as file:
+        file.write((json.dumps(value, indent=1) + "\n").encode())
+
+
+def load_file(path):
+    """torch.load with weights_only=True, so that no file can run code; InputError if it fails."""
+    check(Path(path).is_file(), f"{path}: no such file")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # a stranger's file can make torch.load raise anything
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        message = f"{path}: not a file that torch.load(weights_only=True) accepts ({reason})"
+        raise InputError(message) from None
+
+
+def derived_seed(seed, purpose, number) -> int:
+    """A seed that depends on the user's seed, on what it is for, and on the step (epoch, image)
+    it belongs to. Because nothing else enters, a resumed run draws what an uninterrupted one would
+    with no state to save, and processes sharing a batch can each draw for all of it."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {purpose} {number}".encode()).digest()[:7], "big")
+
+
+def generator(seed, purpose, number, device="cpu") -> torch.Generator:
+    return torch.Generator(device).manual_seed(derived_seed(seed, purpose, number))
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc to keep freed memory. By default every large block goes back to the kernel, and a
+    CPU step spends a fifth of its time on page faults for memory that it had a moment before."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library: nothing to do
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        mallopt(-4, 0)  # M_MMAP_MAX: no block gets a mapping of its own
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap does not shrink
+
+
+# --------------------------------------------------------------------------------------------------
+# Data
+
+DATASETS = ["cifar10", "cifar100", "stl10", "fashion_mnist", "imagenette"]
+DATASETS += ["tiny_imagenet", "imagenet100", "imagenet", "shapes"]
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+MEMORY_LIMIT = 4 * 2**30  # bytes of pixels up to which a folder of equal-sized images is held
+
+
+@dataclasses.dataclass
+class Split:
+    """images: uint8 [N, 3, H, W], or N paths that are decoded when needed. labels: int64 [N]."""
+
+    images: Tensor | list
+    labels: Tensor  # -1 where there is none
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index: slice):
+        return Split(self.images[index], self.labels[index])
+
+    @property
+    def in_memory(self):
+        return isinstance(self.images, Tensor)
+
+    def to(self, device):
+        images = self.images.to(device) if self.in_memory else self.images
+        return Split(images, self.labels.to(device))
+
+
+@dataclasses.dataclass
+class Dataset:
+    """pretrain: what methods see, train and any unlabeled images. train, test: with labels."""
+
+    name: str
+    classes: list
+    train: Split
+    test: Split | None
+    pretrain: Split
+    size: int  # shorter side of the images, or 224 where they are decoded from disk
+    mean: tuple = IMAGENET_MEAN
+    std: tuple = IMAGENET_STD
+
+    def to(self, device):
+        test, pretrain = self.test and self.test.to(device), self.pretrain.to(device)
+        train = pretrain[: len(self.train)]  # the same memory
+        return dataclasses.replace(self, train=train, test=test, pretrain=pretrain)
+
+
+def load_dataset(name: str, data_dir="data") -> Dataset:
+    """A named dataset, a folder in ImageFolder layout, or a packed .pt file."""
+    path, stored, unpacked = Path(name), Path(data_dir, f"{name}.pt"), Path(data_dir, name)
+    if name == "shapes":
+        packed = {"train": shapes(4000, "train"), "test": shapes(1000, "test"), "classes": SHAPES}
+        return from_packed(name, packed)
+    if name in DATASETS and (stored.is_file() or not (unpacked / "train").is_dir()):
+        if not stored.is_file():
+            packed = download(name, data_dir)
+            with atomic_write(stored) as file:
+                torch.save(packed, file)
+        return from_packed(name, load_file(stored), stored)
+    if path.suffix == ".pt":
+        return from_packed(path.stem, load_file(path), path)
+    path = unpacked if name in DATASETS else path
+    known = ", ".join(DATASETS)
+    check(path.is_dir(), f"dataset {name!r} is none of {known}, nor a folder, nor a .pt file")
+    return load_folder(path)
+
+
+def from_packed(name, packed, path=None) -> Dataset:
+    """A Dataset from {"train": {"images": uint8 [N, C, H, W], "labels": int64 [N]}, "test": ...,
+    "classes": [names]}, perhaps with "unlabeled"; InputError if it is anything else."""
+
+    def expect(condition, message):
+        check(condition, f"{path or name}: {message}")
+
+    expect(isinstance(packed, dict), "not a packed dataset: expected a dict with train and classes")
+    classes, splits = packed.get("classes"), {}
+    expect(isinstance(classes, list) and classes, "classes should be a list of class names")
+    expect("train" in packed, "there is no train split")
+    for key in ("train", "test", "unlabeled"):
+        split = packed.get(key)
+        if split is None and key != "train":
+            continue
+        expect(isinstance(split, dict), f'{key} should be {{"images": ..., "labels": ...}}')
+        images, labels = split.get("images"), split.get("labels")
+        right = isinstance(images, Tensor) and images.dtype == torch.uint8 and images.ndim == 4
+        expect(right, f"{key} images should be a uint8 tensor [N, C, H, W]")
+        right = images.shape[1] in (1, 3) and images.numel() > 0
+        expect(right, f"{key} images are {list(images.shape)}; expected [N, 1 or 3, H, W], N > 0")
+        if key == "unlabeled":
+            labels = torch.full((len(images),), -1)
+        right = isinstance(labels, Tensor) and labels.dtype == torch.int64 and labels.ndim == 1
+        expect(right, f"{key} labels should be an int64 tensor [N]")
+        expect(len(labels) == len(images), f"{key}: {len(images)} images but {len(labels)} labels")
+        low, high = int(labels.min()), int(labels.max())
+        right = key == "unlabeled" or (low >= 0 and high < len(classes))
+        expect(
+            right, f"{key} labels run from {low} to {high}, but there are {len(classes)} classes"
+        )
+        splits[key] = Split(images.expand(-1, 3, -1, -1).contiguous(), labels)
+    sizes = sorted({tuple(split.images.shape[2:]) for split in splits.values()})
+    expect(len(sizes) == 1, f"the splits hold images of different sizes: {sizes}")
+    train = pretrain = splits["train"]
+    if "unlabeled" in splits:
+        parts = train, splits["unlabeled"]
+        pretrain = Split(*(torch.cat([getattr(p, k) for p in parts]) for k in ("images", "labels")))
+    statistics = pixel_statistics(train.images)
+    return Dataset(name, classes, train, splits.get("test"), pretrain, min(sizes[0]), *statistics)
+
+
+def pixel_statistics(images: Tensor):
+    """Mean and deviation of each channel of uint8 [N, 3, H, W] over 255, from exact counts."""
+    value, mean, std = torch.arange(256, dtype=torch.float64) / 255, [], []
+    for channel in images.unbind(1):
+        share = torch.bincount(channel.flatten(), minlength=256).double() / channel.numel()
+        mean.append(float(share @ value))
+        deviation = float(share @ (value - mean[-1]) ** 2) ** 0.5
+        std.append(max(deviation, 1 / 255))  # a constant channel stays finite
+    return tuple(mean), tuple(std)
+
+
+def download(name, root) -> dict:
+    """A named dataset through torchvision's own download, as a packed dict."""
+    sets, packed = torchvision.datasets, {}
+    fetch = {
+        "cifar10": lambda split: sets.CIFAR10(root, train=split == "train", download=True),
+        "cifar100": lambda split: sets.CIFAR100(root, train=split == "train", download=True),
+        "fashion_mnist": lambda split: sets.FashionMNIST(root, split == "train", download=True),
+        "stl10": lambda split: sets.STL10(root, split, download=True),
+        "imagenette": lambda split: sets.Imagenette(
+            root, split.replace("test", "val"), "160px", download=True
+        ),
+    }
+    how = f"unpack it as {root}/{name}/train/CLASS/* or put the packed file at {root}/{name}.pt"
+    check(name in fetch, f"{name}: torchvision cannot download it; {how}")
+    Path(root).mkdir(parents=True, exist_ok=True)
+    for split in ("train", "test", "unlabeled") if name == "stl10" else ("train", "test"):
+        try:
+            source = fetch[name](split)
+        except Exception as error:  # URLError, RuntimeError, OSError: whatever the network does
+            raise InputError(f"{name}: the download failed ({error}); without it, {how}") from None
+        images, labels = [], []
+        for image, label in source:
+            image = image.convert("RGB")
+            if name == "imagenette":  # sizes differ: we keep the central square
+                image = TF.center_crop(image, 160)
+            images.append(TF.pil_to_tensor(image))
+            labels.append(-1 if label is None else int(label))
+        packed[split] = {"images": torch.stack(images), "labels": torch.tensor(labels)}
+    names = [c if isinstance(c, str) else c[0] for c in source.classes]  # Imagenette has synonyms
+    return {**packed, "classes": names}
+
+
+def read_image(path) -> Image.Image:
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except Exception as error:  # Pillow raises many kinds for a file that is not what it seems
+        raise InputError(f"{path}: not a readable image ({error})") from None
+
+
+def load_folder(root: Path) -> Dataset:
+    """ImageFolder layout: train/CLASS/* and test/ or val/. Images of one size are held in memory
+    where they fit; all others are decoded from disk by worker processes, anew in every epoch."""
+    check((root / "train").is_dir(), f"{root}: no folder train/; expected train/CLASS/*.jpg")
+    classes = sorted(folder.name for folder in (root / "train").iterdir() if folder.is_dir())
+    endings, found = set(Image.registered_extensions()), {}
+    for key, folder in ("train", "train"), ("test", "val"), ("test", "test"):
+        if (root / folder).is_dir():
+            files = [sorted((root / folder / name).glob("*")) for name in classes]
+            files = [[file for file in some if file.suffix.lower() in endings] for some in files]
+            check(any(files), f"{root / folder}: no images in folders named as the classes")
+            labels = torch.arange(len(classes)).repeat_interleave(torch.tensor([*map(len, files)]))
+            found[key] = Split(sum(files, []), labels)
+    shape = TF.pil_to_tensor(read_image(found["train"].images[0])).shape
+    if shape.numel() * sum(map(len, found.values())) <= MEMORY_LIMIT:
+        packed = {key: hold_in_memory(split, shape) for key, split in found.items()}
+        if all(packed.values()):
+            return from_packed(root.name, {**packed, "classes": classes}, root)
+    return Dataset(root.name, classes, found["train"], found.get("test"), found["train"], 224)
+
+
+def hold_in_memory(split, shape):
+    """The split decoded, as it is packed; None as soon as an image has another shape."""
+    images = torch.empty(len(split), *shape, dtype=torch.uint8)
+    for i, path in enumerate(split.images):
+        pixels = TF.pil_to_tensor(read_image(path))
+        if pixels.shape != shape:
+            return None
+        images[i] = pixels
+    return {"images": images, "labels": split.labels}
+
+
+TEXTURES = "striped checked dotted spoked ringed zigzag gridded blotched bricked plain".split()
+FIGURES = "disc square triangle ring cross".split()
+SHAPES = [f"{texture} {FIGURES[i % 5]}" for i, texture in enumerate(TEXTURES)]
+
+
+def shapes(count: int, split: str, size: int = 32) -> dict:
+    """`count` images of ten classes, drawn: five figures, each with two textures of its own.
+
+    Place, size, rotation, the pitch and two tones of the texture, the two tones of the background,
+    tints and noise change from image to image and say nothing of the class, so that likeness of
+    pixels helps little. The same images for the same count and split, everywhere. Returns
+    {"images": uint8 [N, 3, size, size], "labels": int64 [N]}."""
+    rng, tau = generator(0, f"shapes {split}", count), 2 * math.pi
+
+    def uniform(low, high, *shape):
+        return torch.rand(count, *(shape or (1, 1)), generator=rng) * (high - low) + low
+
+    labels, every = torch.randperm(count, generator=rng) % len(SHAPES), torch.arange(count)
+    axis = (torch.arange(2 * size) + 0.5) / size - 1  # drawn at twice the size, then averaged
+    radius, turn, tilt, pitch = uniform(0.75, 1.1), uniform(0, tau), uniform(0, tau), uniform(9, 16)
+    x = axis[None, None, :] - uniform(-0.25, 0.25)
+    y = axis[None, :, None] - uniform(-0.25, 0.25)
+    u = (x * turn.cos() + y * turn.sin()) / radius  # [N, 2 size, 2 size], in the figure's frame
+    v = (y * turn.cos() - x * turn.sin()) / radius
+    rho, far, near = torch.hypot(u, v), u.abs().maximum(v.abs()), u.abs().minimum(v.abs())
+    inside = [rho < 0.95, far < 0.85, v.maximum(0.866 * u.abs() - 0.5 * v) < 0.55]
+    inside += [(rho - 0.72).abs() < 0.33, (far < 1) & (near < 0.42)]
+    inside = torch.stack(inside)[labels % 5, every][:, None]  # [N, 1, 2 size, 2 size]
+
+    s = (x * tilt.cos() + y * tilt.sin()) * pitch  # in the texture's frame
+    t = (y * tilt.cos() - x * tilt.sin()) * pitch
+    shifted = 0.7 * s + (t / tau).floor() % 2 * math.pi  # every second course of bricks
+    light = [s.sin(), s.sin() * t.sin(), s.cos() + t.cos() - 0.7, (8 * torch.atan2(v, u)).sin()]
+    light += [(rho * radius * pitch).sin(), (s + 1.6 * t.sin().asin()).sin()]
+    light += [s.sin().maximum(t.sin()) - 0.75]
+    light += [(0.45 * s).sin() + (0.35 * t + 1).sin() + (0.3 * (s + t)).cos()]
+    light += [(t.sin() + 0.8).minimum(shifted.sin() + 0.85), torch.ones_like(s)]
+    light = (torch.stack(light)[labels, every] > 0)[:, None]
+
+    tone = uniform(0, 1, 4, 1, 1, 1)  # of the texture's two parts and the background's two ends
+    tone[:, 1] = (tone[:, 0] + 0.5) % 1
+    color = 0.8 * tone + 0.2 * uniform(0, 1, 4, 3, 1, 1)
+    slope = (s / pitch / 3 + 0.5).clamp(0, 1)[:, None]
+    background = color[:, 2] * slope + color[:, 3] * (1 - slope)
+    image = torch.where(inside, torch.where(light, color[:, 0], color[:, 1]), background)
+    image = F.avg_pool2d(image, 2) + 0.08 * torch.randn(count, 3, size, size, generator=rng)
+    return {"images": (image.clamp(0, 1) * 255).round().byte(), "labels": labels}
+
+
+class DecodedViews(torch.utils.data.Dataset):
+    """Images from disk, for worker processes. Item (index, number): uint8 [V, 3, S, S] and label;
+    V random crops that depend on `number`, or one centre crop where it is None."""
+
+    def __init__(self, split, recipes, size, seed):
+        self.split, self.recipes, self.size, self.seed = split, recipes, size, seed
+
+    def __getitem__(self, item):
+        index, number = item
+        image, crops = read_image(self.split.images[index]), []
+        boxes = [centre_box(image.height, image.width, self.size)]
+        if number is not None:
+            rng, frame = generator(self.seed, "crop", number), (1, image.height, image.width)
+            draw = random_resized_crop_params
+            boxes = [draw(*frame, recipe.scale, generator=rng) for recipe in self.recipes]
+        for box in boxes:
+            size, mode = [self.size, self.size], TF.InterpolationMode.BICUBIC
+            crops.append(TF.pil_to_tensor(TF.resized_crop(image, *map(int, box), size, mode)))
+        return torch.stack(crops), self.split.labels[index].cpu()
+
+
+def decode(split, items, batch_size, args, recipes=()):
+    """Batches (uint8 [B, V, 3, S, S], labels [B]) on the device, decoded ahead by the workers."""
+    batches = [items[i : i + batch_size] for i in range(0, len(items), batch_size)]
+    source = DecodedViews(split, recipes, args.image_size, args.seed)
+    pinned = torch.device(args.device).type == "cuda"
+    for images, labels in torch.utils.data.DataLoader(
+        source, batch_sampler=batches, num_workers=args.workers, pin_memory=pinned
+    ):
+        yield images.to(args.device, non_blocking=True), labels.to(args.device, non_blocking=True)
+
+
+def training_batches(split, epoch, args, recipes):
+    """The batches of an epoch: uint8 images [B, 3, H, W], or crops [B, V, 3, S, S] from disk, and
+    labels [B], on the device. The order depends on seed and epoch alone; a short last batch is
+    dropped."""
+    order = torch.randperm(len(split), generator=generator(args.seed, "order", epoch))
+    order = order[: len(split) // args.batch_size * args.batch_size]
+    if not split.in_memory:
+        items = [(i, epoch * len(split) + i) for i in order.tolist()]
+        yield from decode(split, items, args.batch_size, args, recipes)
+        return
+    for index in order.to(split.images.device).split(args.batch_size):
+        yield split.images[index], split.labels[index]
+
+
+# --------------------------------------------------------------------------------------------------
+# Views: torchvision's float operations, for a batch in which each image has its own random draw
+
+
+def random_resized_crop_params(
+    n, height, width, scale, ratio=(3 / 4, 4 / 3), device=None, generator=None
+):
+    """torchvision's RandomResizedCrop draw for n images of height x width at once.
+
+    scale: range of the crop's share of the area. ratio: range of width / height, log-uniform. Of
+    ten tries the first that fits counts; where none does, the largest central crop within `ratio`.
+    Returns top, left, height, width, each int64 [n]."""
+    area = torch.empty(n, 10, device=device).uniform_(*scale, generator=generator) * height * width
+    log_ratio = math.log(ratio[0]), math.log(ratio[1])
+    aspect = torch.empty(n, 10, device=device).uniform_(*log_ratio, generator=generator).exp()
+    w, h = (area * aspect).sqrt().round().long(), (area / aspect).sqrt().round().long()
+    fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
+    first, some = fits.int().argmax(1, keepdim=True), fits.any(1)
+    fallback_h = min(height, round(width / ratio[0]))
+    fallback_w = min(width, round(height * ratio[1]))
+    h = torch.where(some, h.gather(1, first)[:, 0], fallback_h)
+    w = torch.where(some, w.gather(1, first)[:, 0], fallback_w)
+    u = torch.rand(2, n, device=device, generator=generator)
+    top = (u[0] * (height - h + 1)).long().minimum(height - h)  # u * n can round up to n
+    left = (u[1] * (width - w + 1)).long().minimum(width - w)
+    top = torch.where(some, top, (height - h) // 2)
+    left = torch.where(some, left, (width - w) // 2)
+    return top, left, h, w
+
+
+def resampling_matrix(start, length, size_in, size_out, interpolation):
+    """[B, size_out, size_in]: row o holds the weights with which output pixel o reads its crop.
+
+    The antialiased filters of Pillow and torchvision: triangle (bilinear) or cubic with a = -0.5
+    (bicubic), widened by the reduction, cut off at the border of the crop, normalised."""
+    length, start = length.float()[:, None, None], start.float()[:, None, None]
+    step = length / size_out  # input pixels per output pixel
+    centre = (torch.arange(size_out, device=start.device)[:, None] + 0.5) * step
+    pixel = torch.arange(size_in, device=start.device) - start  # counted from the crop's border
+    t = ((pixel + 0.5 - centre) / step.clamp(min=1)).abs()
+    if interpolation == "bilinear":
+        weight = (1 - t).clamp(min=0)
+    elif interpolation == "bicubic":
+        near, far = (1.5 * t - 2.5) * t * t + 1, ((-0.5 * t + 2.5) * t - 4) * t + 2
+        weight = torch.where(t < 1, near, torch.where(t < 2, far, 0))
+    else:
+        raise ValueError(f"interpolation {interpolation!r} is neither 'bilinear' nor 'bicubic'")
+    weight = weight * ((pixel >= 0) & (pixel < length))
+    return weight / weight.sum(-1, keepdim=True)
+
+
+def resized_crop(x, top, left, height, width, size, flip=None, interpolation="bicubic"):
+    """Crop each image, resize the crop, mirror it where `flip`: two batched matrix products.
+
+    x: float [B, C, H, W] in [0, 1]. top, left, height, width: [B], pixels. size: int or (h, w).
+    flip: bool [B] or None. Returns [B, C, h, w], equal to torchvision's antialiased resized_crop
+    (then hflip) of each image by itself; as there, bicubic can leave [0, 1] (Augment clamps)."""
+    out_h, out_w = (size, size) if isinstance(size, int) else size
+    rows = resampling_matrix(top, height, x.shape[2], out_h, interpolation)
+    columns = resampling_matrix(left, width, x.shape[3], out_w, interpolation)
+    if flip is not None:
+        columns = torch.where(flip[:, None, None], columns.flip(1), columns)
+    return rows[:, None].to(x.dtype) @ (x @ columns[:, None].mT.to(x.dtype))
+
+
+def luma(x):
+    """[B, 3, H, W] -> [B, 1, H, W], with torchvision's weights."""
+    return 0.2989 * x[:, 0:1] + 0.587 * x[:, 1:2] + 0.114 * x[:, 2:3]
+
+
+def grayscale(x):
+    """[B, 3, H, W] -> the same shape, three equal channels."""
+    return luma(x).expand_as(x)
+
+
+def solarize(x, threshold=128 / 255):
+    """Invert every value at or above the threshold; x in [0, 1]."""
+    return torch.where(x >= threshold, 1 - x, x)
+
+
+def shift_hue(x, shift):
+    """Turn the hue of x [B, 3, H, W] by shift [B], in turns; HSV's saturation and value stay.
+
+    The way to HSV and back reduces to min + (max - min) * trapezoid(hue), one for each channel."""
+    high, low = x.amax(1, keepdim=True), x.amin(1, keepdim=True)
+    r, g, b = x.split(1, 1)
+    chroma = high - low
+    divisor = torch.where(chroma == 0, 1, chroma)
+    hue = torch.where(high == g, 2 + (b - r) / divisor, 4 + (r - g) / divisor)
+    hue = torch.where(high == r, (g - b) / divisor, hue)  # in sixths of a turn
+    hue = hue + 6 * shift.view(-1, 1, 1, 1)
+    hue = hue - 6 * (hue / 6).floor()
+    trapezoid = torch.cat([(hue - 3).abs() - 1, 2 - (hue - 2).abs(), 2 - (hue - 4).abs()], 1)
+    return low + chroma * trapezoid.clamp(0, 1)
+
+
+def color_jitter(x, brightness, contrast, saturation, hue, order):
+    """torchvision's ColorJitter with every draw given. x: float [B, 3, H, W] in [0, 1].
+
+    brightness, contrast, saturation: factors [B]; hue: shift [B] in turns; order: [B, 4], for each
+    image a permutation of (0 brightness, 1 contrast, 2 saturation, 3 hue).
+
+    Without branches: the hue has one slot, with three slots before it and three after for the
+    rest; in a slot that an image does not need, the factor is 1 and nothing changes."""
+    factors = torch.stack([brightness, contrast, saturation, hue], 1).gather(1, order)
+    hue_at = (order == 3).int().argmax(1)
+
+    def blend(x, position, wanted):
+        # With black for brightness, the mean gray for contrast, the gray image for saturation.
+        kind = order[:, position].view(-1, 1, 1, 1)
+        factor = torch.where(wanted, factors[:, position], 1).view(-1, 1, 1, 1)
+        gray = luma(x)
+        target = torch.where(kind == 1, gray.mean((2, 3), keepdim=True), gray) * (kind != 0)
+        return (target + factor * (x - target)).clamp(0, 1)
+
+    for position in 0, 1, 2:
+        x = blend(x, position, position < hue_at)
+    x = shift_hue(x, hue)
+    for position in 1, 2, 3:
+        x = blend(x, position, position > hue_at)
+    return x
+
+
+def gaussian_blur(x, sigma, kernel_size: int):
+    """torchvision's gaussian_blur (odd kernel_size, reflected borders), sigma [B] of each image.
+
+    A sigma of 0 changes nothing. Two products with banded matrices, whatever the kernel's size."""
+    taps = torch.arange(kernel_size, device=x.device) - kernel_size // 2
+    kernel = torch.exp(-0.5 * (taps / sigma.clamp(min=1e-3)[:, None]) ** 2)
+    kernel = kernel / kernel.sum(1, keepdim=True)  # [B, k]
+
+    def band(n):  # [B, 1, n, n]; reflection folds the taps beyond the border back into the image
+        source = (torch.arange(n, device=x.device)[:, None] + taps).abs()  # [n, k]
+        fold = F.one_hot(n - 1 - (n - 1 - source).abs(), n).to(x.dtype)
+        return torch.einsum("bk,okj->boj", kernel.to(x.dtype), fold)[:, None]
+
+    return band(x.shape[2]) @ (x @ band(x.shape[3]).mT)
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How one view is drawn. jitter: ranges of brightness, contrast, saturation and hue."""
+
+    scale: tuple = (0.08, 1.0)
+    jitter: tuple = (0.4, 0.4, 0.4, 0.1)
+    jitter_p: float = 0.8
+    gray_p: float = 0.2
+    blur_p: float = 0.0
+    solarize_p: float = 0.0
+
+
+def symmetric(views=2, strength=1.0, crop_min=0.08, blur=0.0):
+    """SimCLR's recipe, the same for every view; jitter (.8, .8, .8, .2) * strength
+    (google-research/simclr data_util.py; its README has strength .5 and no blur on CIFAR-10)."""
+    jitter = tuple(strength * j for j in (0.8, 0.8, 0.8, 0.2))
+    return [Recipe((crop_min, 1.0), jitter, blur_p=blur)] * views
+
+
+def asymmetric(views=2, strength=1.0, crop_min=0.08, blur=1.0):
+    """BYOL's recipe; jitter (.4, .4, .2, .1) * strength. Views alternate: blur with p = `blur`,
+    then a tenth of it and solarisation with p = .2 (deepmind-research byol/utils/augmentations.py).
+    """
+    jitter = tuple(strength * j for j in (0.4, 0.4, 0.2, 0.1))
+    first = Recipe((crop_min, 1.0), jitter, blur_p=blur)
+    second = dataclasses.replace(first, blur_p=blur / 10, solarize_p=0.2)
+    return [(first, second)[v % 2] for v in range(views)]
+
+
+class Augment:
+    """uint8 images -> V normalised views, each float [B, 3, S, S] in channels_last.
+
+    The views differ in their draws only. So they are stacked, and each operation runs once for all:
+    crop and flip, jitter, grayscale, blur, solarise, normalise, in torchvision's order."""
+
+    def __init__(self, recipes, size, mean, std):
+        self.recipes, self.size = recipes, size
+        self.mean, self.std = torch.tensor(mean).view(3, 1, 1), torch.tensor(std).view(3, 1, 1)
+        self.kernel_size = 2 * (size // 20) + 1  # SimCLR: a tenth of the side. 3 at 32, 23 at 224
+
+    def draw(self, n, height, width, rng) -> dict:
+        """Every random number for n images: tensors whose first dimension is V * n, view 1 first.
+
+        top, left, height, width (pixels), flip, gray, solarize (bool), brightness, contrast,
+        saturation (factors), hue (turns), order [V * n, 4], sigma (pixels, 0 for no blur)."""
+
+        def uniform(low, high):
+            return torch.empty(n, device=rng.device).uniform_(low, high, generator=rng)
+
+        drawn = []
+        for r in self.recipes:
+            crop = random_resized_crop_params(
+                n, height, width, r.scale, (3 / 4, 4 / 3), rng.device, rng
+            )
+            d = dict(zip(("top", "left", "height", "width"), crop, strict=True))
+            d |= {"flip": uniform(0, 1) < 0.5, "gray": uniform(0, 1) < r.gray_p}
+            jitter = uniform(0, 1) < r.jitter_p
+            for name, range in zip(
+                ("brightness", "contrast", "saturation"), r.jitter, strict=False
+            ):
+                d[name] = torch.where(jitter, uniform(max(0, 1 - range), 1 + range), 1)
+            d["hue"] = torch.where(jitter, uniform(-r.jitter[3], r.jitter[3]), 0)
+            d["order"] = torch.rand(n, 4, device=rng.device, generator=rng).argsort(1)
+            d["sigma"] = torch.where(uniform(0, 1) < r.blur_p, uniform(0.1, 2.0), 0)  # SimCLR's
+            d["solarize"] = uniform(0, 1) < r.solarize_p
+            drawn.append(d)
+        return {key: torch.cat([d[key] for d in drawn]) for key in drawn[0]}
+
+    @torch.no_grad()
+    def __call__(self, images, rng):
+        """images: uint8 [B, 3, H, W], or [B, V, 3, S, S] already cropped; rng on their device."""
+        views, d = len(self.recipes), self.draw(len(images), *images.shape[-2:], rng)
+        if images.ndim == 5:  # only the flip is left of the crop
+            whole = {"top": 0, "left": 0, "height": self.size, "width": self.size}
+            d |= {key: torch.full_like(d[key], value) for key, value in whole.items()}
+            return self.apply(images.transpose(0, 1).flatten(0, 1), d).chunk(views)
+        return self.apply(images.repeat(views, 1, 1, 1), d).chunk(views)
+
+    def apply(self, images, d):
+        """images: uint8 [V * B, 3, H, W]; d: what `draw` returned."""
+        x, box = images.float() / 255, (d["top"], d["left"], d["height"], d["width"])
+        x = resized_crop(x, *box, self.size, d["flip"]).clamp(0, 1)
+        if any(r.jitter_p for r in self.recipes):
+            x = color_jitter(x, *(d[k] for k in "brightness contrast saturation hue order".split()))
+        if any(r.gray_p for r in self.recipes):
+            x = torch.where(d["gray"].view(-1, 1, 1, 1), grayscale(x), x)
+        if any(r.blur_p for r in self.recipes):
+            x = gaussian_blur(x, d["sigma"], self.kernel_size)
+        if any(r.solarize_p for r in self.recipes):
+            x = torch.where(d["solarize"].view(-1, 1, 1, 1), solarize(x), x)
+        return self.normalize(x)
+
+    def normalize(self, x):
+        x = (x - self.mean.to(x.device)) / self.std.to(x.device)
+        return x.contiguous(memory_format=torch.channels_last)
+
+    def restore(self, x):
+        """The inverse of `normalize`, for pictures."""
+        return (x * self.std.to(x.device) + self.mean.to(x.device)).clamp(0, 1)
+
+
+def centre_box(height, width, size):
+    """top, left, height, width of the square that evaluation sees: 7/8 of the shorter side where
+    images are larger than `size` (resize to 256, crop 224; S003 B.1.2), else all of it."""
+    side = min(height, width)
+    side = max(size, round(side * 7 / 8)) if side > size else side
+    return (height - side) // 2, (width - side) // 2, side, side
+
+
+def evaluation_view(images, size, mean, std):
+    """uint8 [B, 3, H, W] -> normalised float [B, 3, size, size], nothing random."""
+    x = images.float() / 255
+    if x.shape[2:] != (size, size):
+        box = [torch.full((len(x),), v, device=x.device) for v in centre_box(*x.shape[2:], size)]
+        x = resized_crop(x, *box, size).clamp(0, 1)
+    return Augment([], size, mean, std).normalize(x)
+
+
+# --------------------------------------------------------------------------------------------------
+# Models
+
+ARCHITECTURES = ("resnet18", "resnet34", "resnet50", "resnet101")
+STEMS, PRECISIONS = ("auto", "small", "imagenet"), ("bf16", "fp16", "fp32")
+OPTIMIZERS, SCALINGS = ("sgd", "lars", "adam", "adamw"), ("linear", "sqrt", "none")
+
+
+def resnet(arch="resnet18", stem="small") -> nn.Module:
+    """torchvision's ResNet without `fc`: [B, 3, H, W] -> [B, F]; F is `.num_features`, 512 or 2048.
+
+    stem "small", for images up to 64 pixels: a 3x3 convolution of stride 1 for the 7x7 of stride 2,
+    and no max-pool (SimCLR, appendix B.9). "imagenet": torchvision's. The keys are torchvision's.
+    """
+    if arch not in ARCHITECTURES:
+        raise ValueError(f"arch {arch!r} is none of {', '.join(ARCHITECTURES)}")
+    if stem not in ("small", "imagenet"):
+        raise ValueError(f"stem {stem!r} is neither 'small' nor 'imagenet'")
+    model = getattr(torchvision.models, arch)(weights=None)
+    model.num_features, model.fc = model.fc.in_features, nn.Identity()
+    if stem == "small":
+        model.conv1 = nn.Conv2d(3, 64, 3, stride=1, padding=1, bias=False)
+        nn.init.kaiming_normal_(
+            model.conv1.weight, mode="fan_out", nonlinearity="relu"
+        )  # as others
+        model.maxpool = nn.Identity()
+    return model
+
+
+def mlp(*widths, batch_norm=True, bias=True, last_bias=True) -> nn.Sequential:
+    """Linear, batch norm where wanted and ReLU for each width but the last, a Linear alone."""
+    layers = []
+    for d_in, d_out in zip(widths[:-2], widths[1:-1], strict=True):
+        layers += [nn.Linear(d_in, d_out, bias=bias)]
+        layers += [nn.BatchNorm1d(d_out)] * batch_norm + [nn.ReLU(inplace=True)]
+    return nn.Sequential(*layers, nn.Linear(*widths[-2:], bias=last_bias))
+
+
+# --------------------------------------------------------------------------------------------------
+# Optimisation
+
+
+class LARS(torch.optim.Optimizer):
+    """Layer-wise adaptive rate scaling (You et al. 2017), the rule of facebookresearch/barlowtwins.
+
+    Tensors of two or more dimensions: u = grad + weight_decay * p, times trust_coefficient * |p| /
+    |u|. Tensors of one (biases, norms): u = grad. Then m = momentum * m + u and p = p - lr * m; the
+    learning rate stays outside the momentum."""
+
+    def __init__(self, params, lr, momentum=0.9, weight_decay=0.0, trust_coefficient=0.001):
+        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
+        super().__init__(params, defaults | {"trust_coefficient": trust_coefficient})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = None if closure is None else torch.enable_grad()(closure)()
+        for group in self.param_groups:  # _foreach_: one launch for all tensors, not one for each
+            params = [p for p in group["params"] if p.grad is not None]
+            matrices = [p for p in params if p.ndim > 1]
+            updates = {p: p.grad for p in params}
+            if matrices:
+                grads = [p.grad for p in matrices]
+                decayed = torch._foreach_add(grads, matrices, alpha=group["weight_decay"])
+                norms = torch._foreach_norm(matrices), torch._foreach_norm(decayed)
+                eta = group["trust_coefficient"]  # where a norm is zero the step is taken plain
+                ratios = [
+                    torch.where((p > 0) & (u > 0), eta * p / u, 1.0)
+                    for p, u in zip(*norms, strict=True)
+                ]
+                updates |= zip(matrices, torch._foreach_mul(decayed, ratios), strict=True)
+            for p in params:
+                self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+            if params:
+                buffers = [self.state[p]["momentum_buffer"] for p in params]
+                torch._foreach_mul_(buffers, group["momentum"])
+                torch._foreach_add_(buffers, list(updates.values()))
+                torch._foreach_add_(params, buffers, alpha=-group["lr"])
+        return loss
+
+
+def param_groups(model, weight_decay):
+    """Two groups: matrices and kernels decay; biases and norms (one dimension) do not."""
+    params = [p for p in model.parameters() if p.requires_grad]
+    decayed, plain = [p for p in params if p.ndim > 1], [p for p in params if p.ndim <= 1]
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0}]
+
+
+def make_optimizer(model, args):
+    groups = param_groups(model, args.weight_decay)
+    if args.optimizer == "lars":
+        return LARS(groups, args.lr, args.momentum)
+    if args.optimizer == "sgd":
+        return torch.optim.SGD(groups, args.lr, args.momentum, foreach=True)
+    adam = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[args.optimizer]
+    return adam(groups, args.lr, foreach=True)
+
+
+def learning_rate(step, total, warmup, base, final=0.0):
+    """Linear warm-up to `base` over `warmup` steps, then half a cosine to `final` at `total`."""
+    if step < warmup:
+        return base * (step + 1) / warmup
+    return final + (base - final) * (1 + math.cos(math.pi * (step - warmup) / (total - warmup))) / 2
+
+
+# --------------------------------------------------------------------------------------------------
+# What a representation is worth: features, nearest neighbours, collapse
+
+
+@torch.no_grad()
+def encode(backbone, split, args, data, batch_size=512) -> Tensor:
+    """Features float32 [N, F] of a split, the backbone in eval mode, images not augmented."""
+    training, features = backbone.training, []
+    backbone.eval()
+    if split.in_memory:
+        batches = split.images.split(batch_size)
+    else:
+        stream = decode(split, [(i, None) for i in range(len(split))], batch_size, args)
+        batches = (crops[:, 0] for crops, _ in stream)
+    for images in batches:
+        with autocast(args):
+            h = backbone(evaluation_view(images, args.image_size, data.mean, data.std))
+        features.append(h.float())
+    backbone.train(training)
+    return torch.cat(features)
+
+
+def knn_scores(bank, bank_labels, queries, num_classes, k=200, temperature=0.1) -> Tensor:
+    """Scores [N, num_classes] of the weighted nearest-neighbour classifier (Wu et al. 2018,
+    arXiv:1805.01978): of the training features `bank` [M, F] the k nearest to a query [N, F] by
+    cosine vote for their classes, each with the weight exp(cosine / temperature)."""
+    bank, k, scores = F.normalize(bank), min(k, len(bank)), []
+    for query in F.normalize(queries).split(512):
+        similarity, nearest = (query @ bank.T).topk(k)
+        votes = torch.zeros(len(query), num_classes, device=bank.device)
+        scores.append(votes.scatter_add_(1, bank_labels[nearest], (similarity / temperature).exp()))
+    return torch.cat(scores)
+
+
+def top_accuracies(scores, labels):
+    """The shares of rows whose label has the best score, and one of the five best."""
+    hits = scores.topk(min(5, scores.shape[1])).indices == labels[:, None]
+    return float(hits[:, 0].double().mean()), float(hits.any(1).double().mean())
+
+
+def neighbours(k, bank_size, num_classes):
+    """k, but at most half of a class's mean share of the bank: beyond, others outvote it."""
+    return max(1, min(k, bank_size // (2 * num_classes)))
+
+
+def knn_accuracies(bank, bank_labels, queries, labels, num_classes, args):
+    """Top-1 and top-5 accuracy of nearest neighbours; only the first --knn-bank of the bank vote."""
+    bank, bank_labels = bank[: args.knn_bank or None], bank_labels[: args.knn_bank or None]
+    k = neighbours(args.knn_k, len(bank), num_classes)
+    votes = knn_scores(bank, bank_labels, queries, num_classes, k, args.knn_temperature)
+    return top_accuracies(votes, labels)
+
+
+def knn_monitor(backbone, data, args):
+    """Top-1 accuracy on the test split of the nearest neighbours in the training split."""
+    bank, classes = data.train[: args.knn_bank or None], len(data.classes)
+    features, queries = (encode(backbone, split, args, data) for split in (bank, data.test))
+    return knn_accuracies(features, bank.labels, queries, data.test.labels, classes, args)[0]
+
+
+def collapse_figures(features):
+    """feature_std: deviation over images of the L2-normalised features, mean over features, times
+    sqrt(F): 1 where they fill the sphere evenly, 0 at collapse (SimSiam, section 4.1).
+    effective_rank: exp of the entropy of the centred features' normalised singular values (Roy &
+    Vetterli 2007): how many directions are in use."""
+    unit, centred = F.normalize(features.float()), (features - features.mean(0)).double()
+    singular = torch.linalg.eigvalsh(centred.T @ centred).clamp(min=0).sqrt()
+    share = (singular / singular.sum().clamp(min=1e-12)).clamp(min=1e-12)
+    rank = torch.exp(-(share * share.log()).sum())
+    std = unit.std(0).mean() * unit.shape[1] ** 0.5
+    return {"feature_std": float(std), "effective_rank": float(rank)}
+
+
+# --------------------------------------------------------------------------------------------------
+# Command line
+
+
+class Parser(argparse.ArgumentParser):
+    def __init__(self, description):
+        shown = argparse.ArgumentDefaultsHelpFormatter
+        super().__init__(description=description, allow_abbrev=False, formatter_class=shown)
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message}\n")  # one line, without the usage
+
+
+def number(kind, low, high=math.inf):
+    """An argparse type: an int or float from `low` to `high`."""
+
+    def parse(text):
+        value = kind(text)
+        if not low <= value <= high or math.isinf(value):
+            span = f"from {low} to {high}" if high < math.inf else f"of at least {low}"
+            raise argparse.ArgumentTypeError(f"{text} is out of range, expected a number {span}")
+        return value
+
+    parse.__name__ = kind.__name__  # argparse says "invalid int value"
+    return parse
+
+
+whole, count = number(int, 0), number(int, 1)
+fraction, positive = number(float, 0, 1), number(float, 1e-9)
+
+
+# fmt: off
+def shared_arguments(p):
+    """The flags that training and evaluation have in common."""
+    p.add_argument("--dataset", default="cifar10", help=f"{', '.join(DATASETS)}; a folder; a .pt")
+    p.add_argument("--data-dir", default="data", help="where named datasets are kept, packed")
+    p.add_argument("--workers", type=whole, help="processes that decode images (default: by cores)")
+    p.add_argument("--seed", type=whole, default=0, help="the only source of randomness")
+    p.add_argument("--device", help="cuda, cpu, ... (default: cuda where there is one)")
+    p.add_argument("--precision", choices=PRECISIONS, help="default: bf16 where it is fast")
+    p.add_argument("--image-size", type=number(int, 8), help="side of the views (default: by data)")
+    p.add_argument("--arch", choices=ARCHITECTURES, default="resnet18", help="torchvision's name")
+    p.add_argument("--stem", choices=STEMS, default="auto", help="auto: small up to 64 pixels")
+    p.add_argument("--knn-k", type=count, default=200, help="neighbours; fewer on small sets")
+    p.add_argument("--knn-temperature", type=positive, default=0.1, help="of the neighbours' votes")
+    p.add_argument("--knn-bank", type=whole, default=0, help="first N training images; 0 is all")
+
+
+def base_parser(description):
+    """The flags of every training script."""
+    p = Parser(description.strip().splitlines()[0])
+    shared_arguments(p)
+    p.add_argument("--epochs", type=count, default=200, help="passes over the training images")
+    p.add_argument("--batch-size", type=number(int, 2), default=512, help="images (not views)")
+    p.add_argument("--optimizer", choices=OPTIMIZERS, default="sgd", help="update rule")
+    p.add_argument("--lr", type=positive, default=0.12, help="learning rate for a batch of 256")
+    p.add_argument("--lr-scaling", choices=SCALINGS, default="linear", help="of lr with the batch")
+    p.add_argument("--momentum", type=fraction, default=0.9, help="of sgd and lars")
+    p.add_argument("--weight-decay", type=number(float, 0), default=5e-4, help="not on 1-D tensors")
+    p.add_argument("--warmup-epochs", type=number(float, 0), default=10.0, help="at most a tenth")
+    p.add_argument("--views", type=number(int, 2), default=2, help="views of each image")
+    p.add_argument("--color-strength", type=number(float, 0, 4), default=1.0, help="of the jitter")
+    p.add_argument("--crop-min", type=number(float, 1e-3, 1), default=0.08, help="share of area")
+    p.add_argument("--blur", type=fraction, default=0.0, help="probability of Gaussian blur")
+    p.add_argument("--out", help="folder of the run (default: runs/METHOD_DATASET_ARCH)")
+    p.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
+    p.add_argument("--knn-every", type=whole, default=10, help="epochs between kNN figures; 0: none")
+    return p
+# fmt: on
+
+
+def parse_args(parser, presets, argv=None):
+    """What the command line says, else the dataset's preset, else presets["default"], else the
+    parser's default. Says which preset was used and what the command line changed of it."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--dataset", nargs="?", default=parser.get_default("dataset"))
+    name = Path(first.parse_known_args(argv)[0].dataset or "").stem
+    preset = presets["default"] | presets.get(name, {})
+    parser.set_defaults(**preset)
+    args = parser.parse_args(argv)
+    changed = {key: getattr(args, key) for key in preset if getattr(args, key) != preset[key]}
+    print(
+        f"preset {name if name in presets else 'default'}: {preset}, changed: {changed or 'none'}"
+    )
+    return args
+
+
+def resolve_hardware(args):
+    """Fill in device, precision and workers from what the machine has."""
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(1, device=args.device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"--device {args.device} cannot be used here: {reason}") from None
+    kind = torch.device(args.device).type
+    if args.precision is None:
+        fast = kind == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
+        if kind == "cuda":
+            fast = torch.cuda.get_device_capability(args.device)[0] >= 8  # Ampere and later
+        args.precision = "bf16" if fast else "fp16" if kind == "cuda" else "fp32"
+    if args.workers is None:
+        affinity = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count()))
+        args.workers = min(16, len(affinity(0)) - 1) if len(affinity(0)) > 2 else 0
+    if kind == "cpu":
+        keep_freed_memory()
+    torch.backends.cudnn.benchmark = True  # every batch has the same shape
+
+
+def autocast(args):
+    """The context in which networks run. Losses leave it again, for full precision."""
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[args.precision]
+    return torch.autocast(torch.device(args.device).type, dtype, enabled=args.precision != "fp32")
+
+
+# --------------------------------------------------------------------------------------------------
+# Training
+
+
+def prepare(args, method) -> Dataset:
+    """The dataset, on the device; fills in the arguments that follow from it and the machine."""
+    resolve_hardware(args)
+    data = load_dataset(args.dataset, args.data_dir)
+    images = f"the {len(data.pretrain)} training images"
+    check(args.batch_size <= len(data.pretrain), f"--batch-size {args.batch_size} exceeds {images}")
+    args.image_size = args.image_size or data.size
+    if args.stem == "auto":
+        args.stem = "small" if args.image_size <= 64 else "imagenet"
+    args.out = args.out or f"runs/{method}_{data.name}_{args.arch}"
+    ratio = args.batch_size / 256
+    args.warmup_epochs = min(args.warmup_epochs, args.epochs / 10)
+    args.base_lr = args.lr
+    args.lr *= {"linear": ratio, "sqrt": math.sqrt(ratio), "none": 1}[args.lr_scaling]
+    torch.manual_seed(args.seed)  # the initial weights
+    return data.to(args.device)
+
+
+def describe(args) -> dict:
+    """What a figure needs beside it to be repeated: command, commit, versions, machine, settings."""
+    git = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    except OSError:
+        commit = ""
+    cuda = torch.device(args.device).type == "cuda"
+    threads = f"cpu, {torch.get_num_threads()} threads"
+    return {
+        "command": shlex.join(["python", *sys.argv]),
+        "commit": commit or "unknown",
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name(args.device) if cuda else threads,
+        "config": vars(args),
+    }
+
+
+class Progress:
+    """A bar on a terminal, a line a minute in a file. Reading a loss waits for the device: it is
+    done here alone, twice a second at most."""
+
+    def __init__(self, label, steps, batch_size):
+        self.label, self.steps, self.batch_size = label, steps, batch_size
+        self.terminal, self.start = sys.stdout.isatty(), time.time()
+        self.last = self.start
+
+    def update(self, done, loss_sum):
+        now = time.time()
+        if now - self.last >= (0.5 if self.terminal else 60):
+            self.last, rate = now, done / (now - self.start)
+            bar = f"[{'#' * (20 * done // self.steps):20}]" if self.terminal else f"step {done}"
+            text = f"{self.label} {bar} loss {float(loss_sum) / done:.4f}"
+            left = f"{rate * self.batch_size:.0f} img/s, {(self.steps - done) / rate:.0f} s left"
+            self.show(f"{text}, {left}", end="")
+
+    def show(self, text, end="\n"):
+        before, end = ("\r", "\033[K" + end) if self.terminal else ("", "\n")
+        print(before + text, end=end, flush=True)
+
+
+class Run:
+    """The output folder of a training run, and what is saved there."""
+
+    def __init__(self, args, method, data):
+        self.args, self.method, self.data, self.folder = args, method, data, Path(args.out)
+        self.log, self.untrained = [], None
+
+    def open(self, model, optimizer, scaler):
+        """Make the folder, or go on from the checkpoint in it: the epochs and steps already done."""
+        if not self.args.resume:
+            there = any(
+                (self.folder / n).exists() for n in ("checkpoint.pt", "encoder.pt", "log.jsonl")
+            )
+            check(
+                not there,
+                f"{self.folder} already holds a run: add --resume, or choose another --out",
+            )
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_json(describe(self.args), self.folder / "config.json")
+            return 0, 0
+        path = self.folder / "checkpoint.pt"
+        saved = load_file(path)
+        right = isinstance(saved, dict) and saved.get("method") == self.method
+        check(right, f"{path}: not a checkpoint of {self.method}.py")
+        for key in vars(self.args).keys() - {"resume", "out", "data_dir", "device", "workers"}:
+            now, then = getattr(self.args, key), saved["config"].get(key)
+            flag = "--" + key.replace("_", "-")
+            check(
+                now == then,
+                f"{path} was made with {flag} {then}, not {now}: --resume needs the same",
+            )
+        for part, name in (model, "model"), (optimizer, "optimizer"), (scaler, "scaler"):
+            part.load_state_dict(saved[name])
+        self.log, self.untrained = saved["log"], saved["untrained"]
+        self.write_log()  # without what came after the checkpoint
+        print(f"resumed from step {saved['step']} (epoch {saved['epoch']})")
+        return saved["epoch"], saved["step"]
+
+    def write_log(self):
+        with atomic_write(self.folder / "log.jsonl") as file:
+            file.write("".join(json.dumps(entry) + "\n" for entry in self.log).encode())
+
+    def save(self, model, optimizer, scaler, epoch, step):
+        """checkpoint.pt holds what is needed to go on, encoder.pt what is needed to use it."""
+        a, d = self.args, self.data
+        about = {"method": self.method, "epoch": epoch, "step": step, "config": vars(a)}
+        about |= {"arch": a.arch, "stem": a.stem, "image_size": a.image_size, "dataset": d.name}
+        about |= {"mean": list(d.mean), "std": list(d.std)}
+        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+        state |= {"scaler": scaler.state_dict(), "log": self.log, "untrained": self.untrained}
+        with atomic_write(self.folder / "checkpoint.pt") as file:
+            torch.save(about | state, file)
+        weights = {k: v.cpu().contiguous() for k, v in model.backbone.state_dict().items()}
+        with atomic_write(self.folder / "encoder.pt") as file:
+            torch.save(about | {"state_dict": weights}, file)
+
+
+def save_views(images, augment, rng, path):
+    """A picture of what the network sees: in each row an image in a blue frame and its views."""
+    images = images[:8]
+    views = [augment.restore(view) for view in augment(images, rng)]
+    images = images[:, 0] if images.ndim == 5 else images
+    cells = torch.stack([evaluation_view(images, augment.size, (0, 0, 0), (1, 1, 1)), *views], 1)
+    zoom = max(1, 96 // augment.size)
+    cells = F.pad(
+        cells.repeat_interleave(zoom, 3).repeat_interleave(zoom, 4), (4, 4, 4, 4), value=1
+    )
+    frame = torch.ones_like(cells[0, 0, :1])
+    frame[:, 4:-4, 4:-4] = 0
+    blue = torch.tensor([0.1, 0.3, 0.9], device=cells.device).view(3, 1, 1)
+    cells[:, 0] = torch.where(frame > 0, blue, cells[:, 0])
+    with atomic_write(path) as file:
+        torchvision.utils.save_image(
+            cells.flatten(0, 1), file, "png", nrow=cells.shape[1], padding=0
+        )
+
+
+def train(method, model, data, recipes, args):
+    """Train `model`, a method, with one view per recipe, and write the run to args.out."""
+    model = model.to(args.device, memory_format=torch.channels_last).train()
+    optimizer = make_optimizer(model, args)
+    scaler = torch.amp.GradScaler(torch.device(args.device).type, enabled=args.precision == "fp16")
+    augment, run = Augment(recipes, args.image_size, data.mean, data.std), Run(args, method, data)
+    done, step = run.open(model, optimizer, scaler)
+    print(json.dumps(describe(args)))
+    steps, saved = len(data.pretrain) // args.batch_size, time.time()
+    total, with_knn = steps * args.epochs, args.knn_every > 0 and data.test is not None
+    if not done:
+        images, _ = next(training_batches(data.pretrain, 1, args, recipes))
+        rng = generator(args.seed, "views", 0, args.device)
+        save_views(images, augment, rng, run.folder / "views.png")
+        run.untrained = knn_monitor(model.backbone, data, args) if with_knn else None
+
+    for epoch in range(done + 1, args.epochs + 1):
+        bar, sums = Progress(f"epoch {epoch}/{args.epochs}", steps, args.batch_size), {}
+        batches = training_batches(data.pretrain, epoch, args, recipes)
+        for i, (images, labels) in enumerate(batches, 1):
+            lr = learning_rate(step, total, args.warmup_epochs * steps, args.lr)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            torch.manual_seed(derived_seed(args.seed, "model", step))  # for what the model draws
+            views = augment(images, generator(args.seed, "augment", step, args.device))
+            with autocast(args):
+                loss, terms = model(views, labels)
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+            step += 1
+            if hasattr(model, "after_step"):
+                model.after_step(step / total)
+            for key, value in {"loss": loss, **terms}.items():  # summed where they are, read later
+                sums[key] = sums.get(key, 0) + value.detach().float()
+            bar.update(i, sums["loss"])
+
+        entry = {"epoch": epoch, "step": step}
+        entry |= {key: float(value) / steps for key, value in sums.items()}
+        check(math.isfinite(entry["loss"]), f"the loss is not finite: {entry}; try a lower --lr")
+        speed = steps * args.batch_size / (time.time() - bar.start)
+        entry |= {"lr": lr, "images_per_second": round(speed, 1)}
+        entry |= collapse_figures(encode(model.backbone, data.train[:1024], args, data))
+        if with_knn and (epoch == args.epochs or epoch % args.knn_every == 0):
+            entry["knn_top1"] = knn_monitor(model.backbone, data, args)
+        run.log.append(entry)
+        run.write_log()
+        shown = "  ".join(f"{key} {value:.4g}" for key, value in list(entry.items())[2:])
+        bar.show(f"{bar.label}  {shown}")
+        if epoch == args.epochs or time.time() - saved > 60:
+            run.save(model, optimizer, scaler, epoch, step)
+            saved = time.time()
+
+    if with_knn:
+        last, chance = run.log[-1]["knn_top1"], 1 / len(data.classes)
+        print(f"kNN top-1 {last:.1%} (untrained encoder {run.untrained:.1%}, chance {chance:.1%})")
+    cached = " --cached" if args.device == "cpu" and args.dataset != "shapes" else ""
+    dataset, encoder = shlex.quote(args.dataset), shlex.quote(str(run.folder / "encoder.pt"))
+    print(f"python linear_eval.py --checkpoint {encoder} --dataset {dataset}{cached}")

@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: MIT
+"""SimCLR: A Simple Framework for Contrastive Learning of Visual Representations.
+T. Chen, S. Kornblith, M. Norouzi, G. Hinton, 2020, arXiv:2002.05709
+
+Idea. Two random views of an image should be recognisable as a pair among all views in the batch.
+Every view is an anchor in turn: a softmax over its cosine similarities to the other 2B - 1 views,
+sharpened by a temperature, should put its mass on the other view of the same image. To tell an
+image from all others whatever the crop and the colours, a network has to see what is in it.
+
+Loss (S000 eq. 23-24, S003 eq. 2.17), for the anchor i with the positive j:
+
+    l(i, j) = -log( exp(s_ij / tau) / sum_{k != i} exp(s_ik / tau) ),   s_ij = cos(z_i, z_j)
+    L = 1 / (2B) * sum_{k=1..B} [ l(2k-1, 2k) + l(2k, 2k-1) ]
+
+The denominator holds the positive; only the anchor itself is left out. log(2B - 1) - L bounds the
+mutual information of two views from below (InfoNCE: S000 proposition 7, with 2B - 1 candidates).
+It is logged as `mi_bound`, in nats: 0 at chance, and never above log(2B - 1).
+
+Notation: f -> backbone, g -> projector, h -> h, z -> z, tau -> temperature, N (images) -> B.
+
+Run:    python simclr.py --dataset cifar10 --epochs 200
+Result: see README.md, section Results.
+
+Differences
+ 1. S000 eq. 24 sums k to 2N, past its indices; the limit is N. Google's code adds the means over
+    the two views, twice this loss. HobbitLong/SupContrast multiplies it by tau / 0.07. Here: the
+    paper's mean over the 2B anchors.
+ 2. The projector has one hidden layer with batch norm. Paper: one hidden layer, no batch norm
+    named; google-research/simclr: three layers, batch norm in all of them.
+ 3. Optimiser on small images: see PRESETS. Paper: LARS, batch 4096.
+ 4. More than two views (--views): the mean of the loss over all pairs of views.
+"""
+
+import itertools
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import common
+
+
+def nt_xent_loss(z1: Tensor, z2: Tensor, temperature: float = 0.5) -> Tensor:
+    """NT-Xent, the mean of -log softmax(positive) over the 2B anchors.
+
+    z1, z2: [B, D] projections of the two views, not normalised. temperature: tau, no unit.
+    Returns a scalar in nats, in float32 at least; log(2B - 1) when nothing is told apart.
+    S000 eq. 23-24 = S003 eq. 2.17."""
+    with torch.autocast(z1.device.type, enabled=False):  # half precision would blur the softmax
+        z = torch.cat([z1, z2])  # [2B, D]
+        z = F.normalize(z.to(torch.promote_types(z.dtype, torch.float32)), dim=1)
+        sim = z @ z.T / temperature  # [2B, 2B]
+        sim = sim.masked_fill(torch.eye(len(z), dtype=torch.bool, device=z.device), -math.inf)
+        positive = torch.arange(len(z), device=z.device).roll(len(z1))  # i <-> i + B
+        return F.cross_entropy(sim, positive)  # its mean over rows is the 1 / (2B)
+
+
+class SimCLR(nn.Module):
+    """views -> backbone -> h -> projector -> z -> NT-Xent. Afterwards h is used, z thrown away."""
+
+    def __init__(self, backbone, hidden_dim=512, dim=128, temperature=0.5):
+        super().__init__()
+        self.backbone = backbone
+        self.projector = nn.Sequential(
+            nn.Linear(backbone.num_features, hidden_dim),
+            nn.BatchNorm1d(hidden_dim),
+            nn.ReLU(inplace=True),
+            nn.Linear(hidden_dim, dim),
+        )
+        self.temperature = temperature
+
+    def forward(self, views, y=None):
+        """views: V of [B, 3, H, W]; y: [B], not used. Returns (loss, terms).
+
+        All views pass in one batch, so that batch norm sees them together, as in the TensorFlow
+        code: a network could otherwise tell the views apart by their statistics."""
+        h = self.backbone(torch.cat(list(views)))  # [VB, F]
+        z = self.projector(h).chunk(len(views))  # V of [B, D]
+        pairs = list(itertools.combinations(z, 2))
+        loss = sum(nt_xent_loss(z1, z2, self.temperature) for z1, z2 in pairs) / len(pairs)
+        return loss, {"mi_bound": math.log(2 * len(z[0]) - 1) - loss.detach()}
+
+
+# google: google-research/simclr README; lightly: lightly-ai/lightly's CIFAR-10 benchmark; solo:
+# vturrisi/solo-learn's yaml files. methods.md of the theses' facts has them side by side.
+PRESETS = {
+    "default": {
+        "temperature": 0.2,  # solo, CIFAR; S000 10.1: .25 beats .5, .75 and 1
+        "color_strength": 0.5,  # google, CIFAR-10
+        "blur": 0.0,  # google and lightly, CIFAR-10
+        "optimizer": "sgd",  # lightly; google and solo: LARS
+        "lr": 0.12,  # lightly: .06 for 128 images
+        "weight_decay": 5e-4,  # lightly; here not on biases and norms
+    },
+    "shapes": {  # ours: seconds an epoch on two cores
+        "epochs": 8,
+        "batch_size": 128,
+        "stem": "imagenet",
+        "optimizer": "adamw",
+        "lr": 1e-3,
+        "lr_scaling": "none",
+        "crop_min": 0.4,  # what a shape is can only be told from most of it
+        "knn_every": 4,
+    },
+}
+
+
+def main():
+    parser = common.base_parser(__doc__)
+    parser.add_argument("--temperature", type=common.positive, default=0.5, help="tau, paper .5")
+    parser.add_argument("--hidden-dim", type=common.count, default=512, help="of the projector")
+    parser.add_argument("--dim", type=common.count, default=128, help="of the projections, D")
+    args = common.parse_args(parser, PRESETS)
+    data = common.prepare(args, "simclr")
+    backbone = common.resnet(args.arch, args.stem)
+    model = SimCLR(backbone, args.hidden_dim, args.dim, args.temperature)
+    recipes = common.symmetric(args.views, args.color_strength, args.crop_min, args.blur)
+    common.train("simclr", model, data, recipes, args)
+
+
+if __name__ == "__main__":
+    common.run(main)
