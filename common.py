@@ -541,8 +541,9 @@ def gaussian_blur(x, sigma, kernel_size: int):
     kernel = kernel / kernel.sum(1, keepdim=True)  # [B, k]
 
     def band(n):  # [B, 1, n, n]; reflection folds the taps beyond the border back into the image
-        source = (torch.arange(n, device=x.device)[:, None] + taps).abs()  # [n, k]
-        fold = F.one_hot(n - 1 - (n - 1 - source).abs(), n).to(x.dtype)
+        pixel = torch.arange(n, device=x.device)
+        source = n - 1 - (n - 1 - (pixel[:, None] + taps).abs()).abs()  # [n, k]
+        fold = (source[:, :, None] == pixel).to(x.dtype)  # [n, k, n]
         return torch.einsum("bk,okj->boj", kernel.to(x.dtype), fold)[:, None]
 
     return band(x.shape[2]) @ (x @ band(x.shape[3]).mT)
@@ -785,9 +786,9 @@ def encode(backbone, split, args, data, batch_size=512) -> Tensor:
         stream = decode(split, [(i, None) for i in range(len(split))], batch_size, args)
         batches = (crops[:, 0] for crops, _ in stream)
     for images in batches:
+        x = evaluation_view(images, args.image_size, data.mean, data.std)
         with autocast(args):
-            h = backbone(evaluation_view(images, args.image_size, data.mean, data.std))
-        features.append(h.float())
+            features.append(backbone(x).float())
     backbone.train(training)
     return torch.cat(features)
 
@@ -816,7 +817,7 @@ def neighbours(k, bank_size, num_classes):
 
 
 def knn_accuracies(bank, bank_labels, queries, labels, num_classes, args):
-    """Top-1 and top-5 accuracy of nearest neighbours; only the first --knn-bank of the bank vote."""
+    """Top-1 and top-5 accuracy of nearest neighbours, among the first --knn-bank of the bank."""
     bank, bank_labels = bank[: args.knn_bank or None], bank_labels[: args.knn_bank or None]
     k = neighbours(args.knn_k, len(bank), num_classes)
     votes = knn_scores(bank, bank_labels, queries, num_classes, k, args.knn_temperature)
@@ -909,7 +910,7 @@ def base_parser(description):
     p.add_argument("--blur", type=fraction, default=0.0, help="probability of Gaussian blur")
     p.add_argument("--out", help="folder of the run (default: runs/METHOD_DATASET_ARCH)")
     p.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
-    p.add_argument("--knn-every", type=whole, default=10, help="epochs between kNN figures; 0: none")
+    p.add_argument("--knn-every", type=whole, default=10, help="epochs between kNN figures; 0 none")
     return p
 # fmt: on
 
@@ -981,12 +982,11 @@ def prepare(args, method) -> Dataset:
 
 
 def describe(args) -> dict:
-    """What a figure needs beside it to be repeated: command, commit, versions, machine, settings."""
+    """What a figure needs to be repeated: command, commit, versions, machine, settings."""
     git = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"]
-    try:
+    commit = ""
+    with contextlib.suppress(OSError):  # git is not installed
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    except OSError:
-        commit = ""
     cuda = torch.device(args.device).type == "cuda"
     threads = f"cpu, {torch.get_num_threads()} threads"
     return {
@@ -1029,7 +1029,7 @@ class Run:
         self.log, self.untrained = [], None
 
     def open(self, model, optimizer, scaler):
-        """Make the folder, or go on from the checkpoint in it: the epochs and steps already done."""
+        """Make the folder, or go on from its checkpoint. Returns epochs and steps already done."""
         if not self.args.resume:
             there = any(
                 (self.folder / n).exists() for n in ("checkpoint.pt", "encoder.pt", "log.jsonl")
@@ -1047,11 +1047,8 @@ class Run:
         check(right, f"{path}: not a checkpoint of {self.method}.py")
         for key in vars(self.args).keys() - {"resume", "out", "data_dir", "device", "workers"}:
             now, then = getattr(self.args, key), saved["config"].get(key)
-            flag = "--" + key.replace("_", "-")
-            check(
-                now == then,
-                f"{path} was made with {flag} {then}, not {now}: --resume needs the same",
-            )
+            what = f"--{key.replace('_', '-')} {then}, not {now}"
+            check(now == then, f"{path} was made with {what}: --resume needs the same")
         for part, name in (model, "model"), (optimizer, "optimizer"), (scaler, "scaler"):
             part.load_state_dict(saved[name])
         self.log, self.untrained = saved["log"], saved["untrained"]

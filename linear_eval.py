@@ -130,8 +130,9 @@ def linear_protocol(encoder, data, features, test_features, test_labels, args):
             stream = common.training_batches(data.train, epoch, args, recipes)
             for i, (images, labels) in enumerate(stream):
                 rng = common.generator(args.seed, "linear", epoch * steps + i, args.device)
+                (x,) = augment(images, rng)
                 with torch.no_grad(), common.autocast(args):
-                    h = encoder(augment(images, rng)[0])
+                    h = encoder(x)
                 yield (h.float() - mean) / std, labels
 
     head = fit_linear(batches, encoder.num_features, len(data.classes), steps, args)
