@@ -82,16 +82,16 @@ class SimCLR(nn.Module):
         return loss, {"mi_bound": math.log(2 * len(z[0]) - 1) - loss.detach()}
 
 
-# google: google-research/simclr README; lightly: lightly-ai/lightly's CIFAR-10 benchmark; solo:
-# vturrisi/solo-learn's yaml files. methods.md of the theses' facts has them side by side.
+# google: google-research/simclr README; htdt: htdt/self-supervised (W-MSE), whose SimCLR reaches 91.8 %
+# linear on CIFAR-10 in 1000 epochs; solo: vturrisi/solo-learn; lightly: its CIFAR-10 benchmark.
 PRESETS = {
     "default": {
         "temperature": 0.2,  # solo, CIFAR; S000 10.1: .25 beats .5, .75 and 1
         "color_strength": 0.5,  # google, CIFAR-10
         "blur": 0.0,  # google and lightly, CIFAR-10
-        "optimizer": "sgd",  # lightly; google and solo: LARS
-        "lr": 0.12,  # lightly: .06 for 128 images
-        "weight_decay": 5e-4,  # lightly; here not on biases and norms
+        "optimizer": "adam",  # htdt; google and solo: LARS, lightly: SGD
+        "lr": 1e-3,  # for 256 images; htdt 3e-3 for 512, leftthomas/SimCLR 1e-3 for 512
+        "weight_decay": 1e-6,  # htdt
     },
     "shapes": {  # ours: seconds an epoch on two cores
         "epochs": 8,
