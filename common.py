@@ -145,9 +145,8 @@ class Split:
     def in_memory(self):
         return isinstance(self.images, Tensor)
 
-    def to(self, device):
-        images = self.images.to(device) if self.in_memory else self.images
-        return Split(images, self.labels.to(device))
+    def to(self, device):  # what workers decode stays with them, labels and all
+        return Split(self.images.to(device), self.labels.to(device)) if self.in_memory else self
 
 
 @dataclasses.dataclass
@@ -381,7 +380,7 @@ class DecodedViews(torch.utils.data.Dataset):
         for box in boxes:
             size, mode = [self.size, self.size], TF.InterpolationMode.BICUBIC
             crops.append(TF.pil_to_tensor(TF.resized_crop(image, *map(int, box), size, mode)))
-        return torch.stack(crops), self.split.labels[index].cpu()
+        return torch.stack(crops), self.split.labels[index]
 
 
 def decode(split, items, batch_size, args, recipes=()):
@@ -584,9 +583,10 @@ class Augment:
     The views differ in their draws only. So they are stacked, and each operation runs once for all:
     crop and flip, jitter, grayscale, blur, solarise, normalise, in torchvision's order."""
 
-    def __init__(self, recipes, size, mean, std):
+    def __init__(self, recipes, size, mean, std, device="cpu"):
         self.recipes, self.size = recipes, size
-        self.mean, self.std = torch.tensor(mean).view(3, 1, 1), torch.tensor(std).view(3, 1, 1)
+        self.mean = torch.tensor(mean, device=device).view(3, 1, 1)
+        self.std = torch.tensor(std, device=device).view(3, 1, 1)
         self.kernel_size = 2 * (size // 20) + 1  # SimCLR: a tenth of the side. 3 at 32, 23 at 224
 
     def draw(self, n, height, width, rng) -> dict:
@@ -642,12 +642,11 @@ class Augment:
         return self.normalize(x)
 
     def normalize(self, x):
-        x = (x - self.mean.to(x.device)) / self.std.to(x.device)
-        return x.contiguous(memory_format=torch.channels_last)
+        return ((x - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
 
     def restore(self, x):
         """The inverse of `normalize`, for pictures."""
-        return (x * self.std.to(x.device) + self.mean.to(x.device)).clamp(0, 1)
+        return (x * self.std + self.mean).clamp(0, 1)
 
 
 def centre_box(height, width, size):
@@ -664,7 +663,7 @@ def evaluation_view(images, size, mean, std):
     if x.shape[2:] != (size, size):
         box = [torch.full((len(x),), v, device=x.device) for v in centre_box(*x.shape[2:], size)]
         x = resized_crop(x, *box, size).clamp(0, 1)
-    return Augment([], size, mean, std).normalize(x)
+    return Augment([], size, mean, std, x.device).normalize(x)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -730,15 +729,14 @@ class LARS(torch.optim.Optimizer):
             if matrices:
                 grads = [p.grad for p in matrices]
                 decayed = torch._foreach_add(grads, matrices, alpha=group["weight_decay"])
-                norms = torch._foreach_norm(matrices), torch._foreach_norm(decayed)
-                eta = group["trust_coefficient"]  # where a norm is zero the step is taken plain
-                ratios = [
-                    torch.where((p > 0) & (u > 0), eta * p / u, 1.0)
-                    for p, u in zip(*norms, strict=True)
-                ]
-                updates |= zip(matrices, torch._foreach_mul(decayed, ratios), strict=True)
+                p = torch.stack(torch._foreach_norm(matrices))
+                u = torch.stack(torch._foreach_norm(decayed))
+                ratio = torch.where((p > 0) & (u > 0), group["trust_coefficient"] * p / u, 1.0)
+                torch._foreach_mul_(decayed, list(ratio.unbind()))  # 1: a zero norm, a plain step
+                updates |= zip(matrices, decayed, strict=True)
             for p in params:
-                self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+                if "momentum_buffer" not in self.state[p]:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
             if params:
                 buffers = [self.state[p]["momentum_buffer"] for p in params]
                 torch._foreach_mul_(buffers, group["momentum"])
@@ -807,7 +805,7 @@ def knn_scores(bank, bank_labels, queries, num_classes, k=200, temperature=0.1) 
 
 def top_accuracies(scores, labels):
     """The shares of rows whose label has the best score, and one of the five best."""
-    hits = scores.topk(min(5, scores.shape[1])).indices == labels[:, None]
+    hits = scores.topk(min(5, scores.shape[1])).indices == labels.to(scores.device)[:, None]
     return float(hits[:, 0].double().mean()), float(hits.any(1).double().mean())
 
 
@@ -818,7 +816,8 @@ def neighbours(k, bank_size, num_classes):
 
 def knn_accuracies(bank, bank_labels, queries, labels, num_classes, args):
     """Top-1 and top-5 accuracy of nearest neighbours, among the first --knn-bank of the bank."""
-    bank, bank_labels = bank[: args.knn_bank or None], bank_labels[: args.knn_bank or None]
+    bank = bank[: args.knn_bank or None]
+    bank_labels = bank_labels[: len(bank)].to(bank.device)
     k = neighbours(args.knn_k, len(bank), num_classes)
     votes = knn_scores(bank, bank_labels, queries, num_classes, k, args.knn_temperature)
     return top_accuracies(votes, labels)
@@ -1100,7 +1099,8 @@ def train(method, model, data, recipes, args):
     model = model.to(args.device, memory_format=torch.channels_last).train()
     optimizer = make_optimizer(model, args)
     scaler = torch.amp.GradScaler(torch.device(args.device).type, enabled=args.precision == "fp16")
-    augment, run = Augment(recipes, args.image_size, data.mean, data.std), Run(args, method, data)
+    augment = Augment(recipes, args.image_size, data.mean, data.std, args.device)
+    run = Run(args, method, data)
     done, step = run.open(model, optimizer, scaler)
     print(json.dumps(describe(args)))
     steps, saved = len(data.pretrain) // args.batch_size, time.time()

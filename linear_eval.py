@@ -118,13 +118,13 @@ def linear_protocol(encoder, data, features, test_features, test_labels, args):
     args.batch_size = min(args.batch_size, len(data.train))
     steps = len(data.train) // args.batch_size
     if args.cached:
-        cached = common.Split((features - mean) / std, data.train.labels)
+        cached = common.Split((features - mean) / std, data.train.labels.to(args.device))
 
         def batches(epoch):
             return common.training_batches(cached, epoch, args, [])
     else:
         recipes = [common.Recipe((args.crop_min, 1.0), jitter_p=0, gray_p=0)]
-        augment = common.Augment(recipes, args.image_size, data.mean, data.std)
+        augment = common.Augment(recipes, args.image_size, data.mean, data.std, args.device)
 
         def batches(epoch):
             stream = common.training_batches(data.train, epoch, args, recipes)

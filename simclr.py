@@ -82,8 +82,8 @@ class SimCLR(nn.Module):
         return loss, {"mi_bound": math.log(2 * len(z[0]) - 1) - loss.detach()}
 
 
-# google: google-research/simclr README; htdt: htdt/self-supervised (W-MSE), whose SimCLR reaches 91.8 %
-# linear on CIFAR-10 in 1000 epochs; solo: vturrisi/solo-learn; lightly: its CIFAR-10 benchmark.
+# google: google-research/simclr README; htdt: htdt/self-supervised, the W-MSE repository; solo:
+# vturrisi/solo-learn's yaml files; lightly: lightly-ai/lightly's CIFAR-10 benchmark.
 PRESETS = {
     "default": {
         "temperature": 0.2,  # solo, CIFAR; S000 10.1: .25 beats .5, .75 and 1

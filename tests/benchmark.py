@@ -61,7 +61,7 @@ def main():
     model = model.to(args.device, memory_format=torch.channels_last).train()
     optimizer = common.make_optimizer(model, args)
     recipes = common.symmetric(args.views, args.color_strength, args.crop_min, args.blur)
-    augment = common.Augment(recipes, args.image_size, data.mean, data.std)
+    augment = common.Augment(recipes, args.image_size, data.mean, data.std, args.device)
     source = forever(lambda: common.training_batches(data.pretrain, 1, args, recipes))
     pillow = torch.utils.data.DataLoader(
         TwoPillowViews(data, args.image_size, args.color_strength),
