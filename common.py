@@ -18,6 +18,7 @@ import argparse
 import contextlib
 import ctypes
 import dataclasses
+import errno
 import hashlib
 import json
 import math
@@ -56,12 +57,14 @@ def run(main) -> None:
         InputError
     ) as error:  # a DataLoader worker wraps it in a traceback: the last line is ours
         message = str(error).strip().splitlines()[-1].removeprefix("common.InputError: ")
-    except torch.OutOfMemoryError as error:
-        message = f"out of memory, try a smaller --batch-size ({str(error).splitlines()[0]})"
+    except (RuntimeError, MemoryError) as error:  # torch's allocators raise these, by device
+        if "alloc" not in str(error):
+            raise
+        message = f"out of memory ({str(error).splitlines()[0]}); a smaller --batch-size may fit"
     except OSError as error:
         message = f"{error.filename or 'file system'}: {error.strerror or error}"
     except KeyboardInterrupt:
-        print("interrupted; --resume goes on from the last checkpoint", file=sys.stderr)
+        print("interrupted; a training run goes on with --resume", file=sys.stderr)
         sys.exit(130)
     print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
     sys.exit(2)
@@ -77,6 +80,8 @@ def atomic_write(path):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except RuntimeError as error:  # how torch.save reports a full disk
+        raise OSError(errno.EIO, f"could not be written ({error})", str(path)) from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -130,16 +135,26 @@ MEMORY_LIMIT = 4 * 2**30  # bytes of pixels up to which a folder of equal-sized 
 
 @dataclasses.dataclass
 class Split:
-    """images: uint8 [N, 3, H, W], or N paths that are decoded when needed. labels: int64 [N]."""
+    """images: uint8 [N, 3, H, W], or N paths that are decoded when needed, or features [N, F] of
+    them. labels: int64 [N], -1 where there is none."""
 
     images: Tensor | list
-    labels: Tensor  # -1 where there is none
+    labels: Tensor
 
     def __len__(self):
         return len(self.images)
 
     def __getitem__(self, index: slice):
         return Split(self.images[index], self.labels[index])
+
+    def spread(self, count):
+        """`count` images evenly spread over the split, which may be sorted by class; 0: all."""
+        if not 0 < count < len(self):
+            return self
+        index = torch.arange(count) * len(self) // count
+        if self.in_memory:
+            return Split(self.images[index.to(self.images.device)], self.labels[index])
+        return Split([self.images[i] for i in index.tolist()], self.labels[index])
 
     @property
     def in_memory(self):
@@ -175,11 +190,11 @@ def load_dataset(name: str, data_dir="data") -> Dataset:
         packed = {"train": shapes(4000, "train"), "test": shapes(1000, "test"), "classes": SHAPES}
         return from_packed(name, packed)
     if name in DATASETS and (stored.is_file() or not (unpacked / "train").is_dir()):
+        packed = load_file(stored) if stored.is_file() else download(name, data_dir)
         if not stored.is_file():
-            packed = download(name, data_dir)
             with atomic_write(stored) as file:
                 torch.save(packed, file)
-        return from_packed(name, load_file(stored), stored)
+        return from_packed(name, packed, stored)
     if path.suffix == ".pt":
         return from_packed(path.stem, load_file(path), path)
     path = unpacked if name in DATASETS else path
@@ -325,12 +340,19 @@ def shapes(count: int, split: str, size: int = 32) -> dict:
     tints and noise change from image to image and say nothing of the class, so that likeness of
     pixels helps little. The same images for the same count and split, everywhere. Returns
     {"images": uint8 [N, 3, size, size], "labels": int64 [N]}."""
-    rng, tau = generator(0, f"shapes {split}", count), 2 * math.pi
+    rng = generator(0, f"shapes {split}", count)
+    labels = torch.randperm(count, generator=rng) % len(SHAPES)
+    images = [draw_shapes(part, size, rng) for part in labels.split(500)]  # to spare memory
+    return {"images": torch.cat(images), "labels": labels}
+
+
+def draw_shapes(labels, size, rng):
+    """uint8 [N, 3, size, size], an image of each class named by labels [N]."""
+    count, every, tau = len(labels), torch.arange(len(labels)), 2 * math.pi
 
     def uniform(low, high, *shape):
         return torch.rand(count, *(shape or (1, 1)), generator=rng) * (high - low) + low
 
-    labels, every = torch.randperm(count, generator=rng) % len(SHAPES), torch.arange(count)
     axis = (torch.arange(2 * size) + 0.5) / size - 1  # drawn at twice the size, then averaged
     radius, turn, tilt, pitch = uniform(0.75, 1.1), uniform(0, tau), uniform(0, tau), uniform(9, 16)
     x = axis[None, None, :] - uniform(-0.25, 0.25)
@@ -359,7 +381,7 @@ def shapes(count: int, split: str, size: int = 32) -> dict:
     background = color[:, 2] * slope + color[:, 3] * (1 - slope)
     image = torch.where(inside, torch.where(light, color[:, 0], color[:, 1]), background)
     image = F.avg_pool2d(image, 2) + 0.08 * torch.randn(count, 3, size, size, generator=rng)
-    return {"images": (image.clamp(0, 1) * 255).round().byte(), "labels": labels}
+    return (image.clamp(0, 1) * 255).round().byte()
 
 
 class DecodedViews(torch.utils.data.Dataset):
@@ -428,8 +450,8 @@ def random_resized_crop_params(
     first, some = fits.int().argmax(1, keepdim=True), fits.any(1)
     fallback_h = min(height, round(width / ratio[0]))
     fallback_w = min(width, round(height * ratio[1]))
-    h = torch.where(some, h.gather(1, first)[:, 0], fallback_h)
-    w = torch.where(some, w.gather(1, first)[:, 0], fallback_w)
+    h = h.gather(1, first)[:, 0].masked_fill(~some, fallback_h)
+    w = w.gather(1, first)[:, 0].masked_fill(~some, fallback_w)
     u = torch.rand(2, n, device=device, generator=generator)
     top = (u[0] * (height - h + 1)).long().minimum(height - h)  # u * n can round up to n
     left = (u[1] * (width - w + 1)).long().minimum(width - w)
@@ -452,7 +474,7 @@ def resampling_matrix(start, length, size_in, size_out, interpolation):
         weight = (1 - t).clamp(min=0)
     elif interpolation == "bicubic":
         near, far = (1.5 * t - 2.5) * t * t + 1, ((-0.5 * t + 2.5) * t - 4) * t + 2
-        weight = torch.where(t < 1, near, torch.where(t < 2, far, 0))
+        weight = torch.where(t < 1, near, far * (t < 2))
     else:
         raise ValueError(f"interpolation {interpolation!r} is neither 'bilinear' nor 'bicubic'")
     weight = weight * ((pixel >= 0) & (pixel < length))
@@ -495,7 +517,7 @@ def shift_hue(x, shift):
     high, low = x.amax(1, keepdim=True), x.amin(1, keepdim=True)
     r, g, b = x.split(1, 1)
     chroma = high - low
-    divisor = torch.where(chroma == 0, 1, chroma)
+    divisor = chroma.masked_fill(chroma == 0, 1)
     hue = torch.where(high == g, 2 + (b - r) / divisor, 4 + (r - g) / divisor)
     hue = torch.where(high == r, (g - b) / divisor, hue)  # in sixths of a turn
     hue = hue + 6 * shift.view(-1, 1, 1, 1)
@@ -518,7 +540,7 @@ def color_jitter(x, brightness, contrast, saturation, hue, order):
     def blend(x, position, wanted):
         # With black for brightness, the mean gray for contrast, the gray image for saturation.
         kind = order[:, position].view(-1, 1, 1, 1)
-        factor = torch.where(wanted, factors[:, position], 1).view(-1, 1, 1, 1)
+        factor = factors[:, position].masked_fill(~wanted, 1).view(-1, 1, 1, 1)
         gray = luma(x)
         target = torch.where(kind == 1, gray.mean((2, 3), keepdim=True), gray) * (kind != 0)
         return (target + factor * (x - target)).clamp(0, 1)
@@ -577,6 +599,9 @@ def asymmetric(views=2, strength=1.0, crop_min=0.08, blur=1.0):
     return [(first, second)[v % 2] for v in range(views)]
 
 
+FACTORS = ("brightness", "contrast", "saturation")
+
+
 class Augment:
     """uint8 images -> V normalised views, each float [B, 3, S, S] in channels_last.
 
@@ -600,19 +625,17 @@ class Augment:
 
         drawn = []
         for r in self.recipes:
-            crop = random_resized_crop_params(
-                n, height, width, r.scale, (3 / 4, 4 / 3), rng.device, rng
-            )
+            how = {"device": rng.device, "generator": rng}
+            crop = random_resized_crop_params(n, height, width, r.scale, **how)
             d = dict(zip(("top", "left", "height", "width"), crop, strict=True))
             d |= {"flip": uniform(0, 1) < 0.5, "gray": uniform(0, 1) < r.gray_p}
-            jitter = uniform(0, 1) < r.jitter_p
-            for name, range in zip(
-                ("brightness", "contrast", "saturation"), r.jitter, strict=False
-            ):
-                d[name] = torch.where(jitter, uniform(max(0, 1 - range), 1 + range), 1)
-            d["hue"] = torch.where(jitter, uniform(-r.jitter[3], r.jitter[3]), 0)
-            d["order"] = torch.rand(n, 4, device=rng.device, generator=rng).argsort(1)
-            d["sigma"] = torch.where(uniform(0, 1) < r.blur_p, uniform(0.1, 2.0), 0)  # SimCLR's
+            plain = uniform(0, 1) >= r.jitter_p  # masked_fill: where() would copy from the host
+            for name, spread in zip(FACTORS, r.jitter[:3], strict=True):
+                d[name] = uniform(max(0, 1 - spread), 1 + spread).masked_fill(plain, 1)
+            d["hue"] = uniform(-r.jitter[3], r.jitter[3]).masked_fill(plain, 0)
+            d["order"] = torch.rand(n, 4, **how).argsort(1)
+            sharp = uniform(0, 1) >= r.blur_p
+            d["sigma"] = uniform(0.1, 2.0).masked_fill(sharp, 0)  # SimCLR's range
             d["solarize"] = uniform(0, 1) < r.solarize_p
             drawn.append(d)
         return {key: torch.cat([d[key] for d in drawn]) for key in drawn[0]}
@@ -632,7 +655,7 @@ class Augment:
         x, box = images.float() / 255, (d["top"], d["left"], d["height"], d["width"])
         x = resized_crop(x, *box, self.size, d["flip"]).clamp(0, 1)
         if any(r.jitter_p for r in self.recipes):
-            x = color_jitter(x, *(d[k] for k in "brightness contrast saturation hue order".split()))
+            x = color_jitter(x, *(d[key] for key in (*FACTORS, "hue", "order")))
         if any(r.gray_p for r in self.recipes):
             x = torch.where(d["gray"].view(-1, 1, 1, 1), grayscale(x), x)
         if any(r.blur_p for r in self.recipes):
@@ -731,8 +754,9 @@ class LARS(torch.optim.Optimizer):
                 decayed = torch._foreach_add(grads, matrices, alpha=group["weight_decay"])
                 p = torch.stack(torch._foreach_norm(matrices))
                 u = torch.stack(torch._foreach_norm(decayed))
-                ratio = torch.where((p > 0) & (u > 0), group["trust_coefficient"] * p / u, 1.0)
-                torch._foreach_mul_(decayed, list(ratio.unbind()))  # 1: a zero norm, a plain step
+                ratio = group["trust_coefficient"] * p / u
+                ratio = ratio.masked_fill((p == 0) | (u == 0), 1)  # a zero norm: a plain step
+                torch._foreach_mul_(decayed, list(ratio.unbind()))
                 updates |= zip(matrices, decayed, strict=True)
             for p in params:
                 if "momentum_buffer" not in self.state[p]:
@@ -755,17 +779,17 @@ def param_groups(model, weight_decay):
 def make_optimizer(model, args):
     groups = param_groups(model, args.weight_decay)
     if args.optimizer == "lars":
-        return LARS(groups, args.lr, args.momentum)
+        return LARS(groups, args.scaled_lr, args.momentum)
     if args.optimizer == "sgd":
-        return torch.optim.SGD(groups, args.lr, args.momentum, foreach=True)
+        return torch.optim.SGD(groups, args.scaled_lr, args.momentum, foreach=True)
     adam = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[args.optimizer]
-    return adam(groups, args.lr, foreach=True)
+    return adam(groups, args.scaled_lr, foreach=True)
 
 
 def learning_rate(step, total, warmup, base, final=0.0):
     """Linear warm-up to `base` over `warmup` steps, then half a cosine to `final` at `total`."""
     if step < warmup:
-        return base * (step + 1) / warmup
+        return base * min(1, (step + 1) / warmup)
     return final + (base - final) * (1 + math.cos(math.pi * (step - warmup) / (total - warmup))) / 2
 
 
@@ -794,12 +818,14 @@ def encode(backbone, split, args, data, batch_size=512) -> Tensor:
 def knn_scores(bank, bank_labels, queries, num_classes, k=200, temperature=0.1) -> Tensor:
     """Scores [N, num_classes] of the weighted nearest-neighbour classifier (Wu et al. 2018,
     arXiv:1805.01978): of the training features `bank` [M, F] the k nearest to a query [N, F] by
-    cosine vote for their classes, each with the weight exp(cosine / temperature)."""
+    cosine vote for their classes, each with the weight exp(cosine / temperature), up to a factor
+    for each query that keeps it from overflowing."""
     bank, k, scores = F.normalize(bank), min(k, len(bank)), []
     for query in F.normalize(queries).split(512):
         similarity, nearest = (query @ bank.T).topk(k)
         votes = torch.zeros(len(query), num_classes, device=bank.device)
-        scores.append(votes.scatter_add_(1, bank_labels[nearest], (similarity / temperature).exp()))
+        weight = ((similarity - similarity[:, :1]) / temperature).exp()  # the nearest weighs 1
+        scores.append(votes.scatter_add_(1, bank_labels[nearest], weight))
     return torch.cat(scores)
 
 
@@ -809,25 +835,22 @@ def top_accuracies(scores, labels):
     return float(hits[:, 0].double().mean()), float(hits.any(1).double().mean())
 
 
-def neighbours(k, bank_size, num_classes):
-    """k, but at most half of a class's mean share of the bank: beyond, others outvote it."""
-    return max(1, min(k, bank_size // (2 * num_classes)))
-
-
-def knn_accuracies(bank, bank_labels, queries, labels, num_classes, args):
-    """Top-1 and top-5 accuracy of nearest neighbours, among the first --knn-bank of the bank."""
-    bank = bank[: args.knn_bank or None]
-    bank_labels = bank_labels[: len(bank)].to(bank.device)
-    k = neighbours(args.knn_k, len(bank), num_classes)
-    votes = knn_scores(bank, bank_labels, queries, num_classes, k, args.knn_temperature)
-    return top_accuracies(votes, labels)
+def knn_accuracies(bank, test, num_classes, args):
+    """Top-1 and top-5 accuracy of nearest neighbours, and the k: --knn-k, but at most half of a
+    class's mean share of the bank, beyond which others outvote it. bank, test: Splits of features.
+    """
+    k = max(1, min(args.knn_k, len(bank) // (2 * num_classes)))
+    labels = bank.labels.to(bank.images.device)
+    votes = knn_scores(bank.images, labels, test.images, num_classes, k, args.knn_temperature)
+    return *top_accuracies(votes, test.labels), k
 
 
 def knn_monitor(backbone, data, args):
-    """Top-1 accuracy on the test split of the nearest neighbours in the training split."""
-    bank, classes = data.train[: args.knn_bank or None], len(data.classes)
-    features, queries = (encode(backbone, split, args, data) for split in (bank, data.test))
-    return knn_accuracies(features, bank.labels, queries, data.test.labels, classes, args)[0]
+    """Top-1 accuracy on the test split of the nearest neighbours in the training split, or in
+    --knn-bank images of it (50 000 where they have to be decoded)."""
+    bank = data.train.spread(args.knn_bank or (0 if data.train.in_memory else 50_000))
+    bank, test = (Split(encode(backbone, x, args, data), x.labels) for x in (bank, data.test))
+    return knn_accuracies(bank, test, len(data.classes), args)[0]
 
 
 def collapse_figures(features):
@@ -847,10 +870,14 @@ def collapse_figures(features):
 # Command line
 
 
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action):  # no "(default: None)": those texts say what follows
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
     def __init__(self, description):
-        shown = argparse.ArgumentDefaultsHelpFormatter
-        super().__init__(description=description, allow_abbrev=False, formatter_class=shown)
+        super().__init__(description=description, allow_abbrev=False, formatter_class=Help)
 
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message}\n")  # one line, without the usage
@@ -861,7 +888,7 @@ def number(kind, low, high=math.inf):
 
     def parse(text):
         value = kind(text)
-        if not low <= value <= high or math.isinf(value):
+        if not low <= value <= high or value == math.inf:
             span = f"from {low} to {high}" if high < math.inf else f"of at least {low}"
             raise argparse.ArgumentTypeError(f"{text} is out of range, expected a number {span}")
         return value
@@ -870,7 +897,7 @@ def number(kind, low, high=math.inf):
     return parse
 
 
-whole, count = number(int, 0), number(int, 1)
+whole, count = number(int, 0, 2**31), number(int, 1, 2**31)
 fraction, positive = number(float, 0, 1), number(float, 1e-9)
 
 
@@ -919,13 +946,14 @@ def parse_args(parser, presets, argv=None):
     parser's default. Says which preset was used and what the command line changed of it."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--dataset", nargs="?", default=parser.get_default("dataset"))
-    name = Path(first.parse_known_args(argv)[0].dataset or "").stem
+    dataset = Path(first.parse_known_args(argv)[0].dataset or "")
+    name = dataset.stem if dataset.suffix == ".pt" else str(dataset)
     preset = presets["default"] | presets.get(name, {})
     parser.set_defaults(**preset)
     args = parser.parse_args(argv)
-    changed = {key: getattr(args, key) for key in preset if getattr(args, key) != preset[key]}
+    changed = {key: v for key, v in vars(args).items() if v != parser.get_default(key)}
     print(
-        f"preset {name if name in presets else 'default'}: {preset}, changed: {changed or 'none'}"
+        f"preset {name if name in presets else 'default'}: {preset}, given: {changed or 'nothing'}"
     )
     return args
 
@@ -934,8 +962,9 @@ def resolve_hardware(args):
     """Fill in device, precision and workers from what the machine has."""
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
+        torch.Generator(args.device)
         torch.empty(1, device=args.device)
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"--device {args.device} cannot be used here: {reason}") from None
     kind = torch.device(args.device).type
@@ -974,8 +1003,8 @@ def prepare(args, method) -> Dataset:
     args.out = args.out or f"runs/{method}_{data.name}_{args.arch}"
     ratio = args.batch_size / 256
     args.warmup_epochs = min(args.warmup_epochs, args.epochs / 10)
-    args.base_lr = args.lr
-    args.lr *= {"linear": ratio, "sqrt": math.sqrt(ratio), "none": 1}[args.lr_scaling]
+    scale = {"linear": ratio, "sqrt": math.sqrt(ratio), "none": 1}[args.lr_scaling]
+    args.scaled_lr = args.lr * scale
     torch.manual_seed(args.seed)  # the initial weights
     return data.to(args.device)
 
@@ -1020,43 +1049,43 @@ class Progress:
         print(before + text, end=end, flush=True)
 
 
-class Run:
+class RunFolder:
     """The output folder of a training run, and what is saved there."""
 
     def __init__(self, args, method, data):
-        self.args, self.method, self.data, self.folder = args, method, data, Path(args.out)
+        self.args, self.method, self.data, self.path = args, method, data, Path(args.out)
         self.log, self.untrained = [], None
 
     def open(self, model, optimizer, scaler):
         """Make the folder, or go on from its checkpoint. Returns epochs and steps already done."""
         if not self.args.resume:
-            there = any(
-                (self.folder / n).exists() for n in ("checkpoint.pt", "encoder.pt", "log.jsonl")
-            )
-            check(
-                not there,
-                f"{self.folder} already holds a run: add --resume, or choose another --out",
-            )
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_json(describe(self.args), self.folder / "config.json")
+            there = any((self.path / name).exists() for name in ("checkpoint.pt", "encoder.pt"))
+            check(not there, f"{self.path} holds a run: add --resume, or choose another --out")
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_json(describe(self.args), self.path / "config.json")
             return 0, 0
-        path = self.folder / "checkpoint.pt"
+        path = self.path / "checkpoint.pt"
         saved = load_file(path)
         right = isinstance(saved, dict) and saved.get("method") == self.method
-        check(right, f"{path}: not a checkpoint of {self.method}.py")
-        for key in vars(self.args).keys() - {"resume", "out", "data_dir", "device", "workers"}:
+        check(right and "untrained" in saved, f"{path}: not a checkpoint of {self.method}.py")
+        free = {"resume", "out", "data_dir", "device", "workers", "scaled_lr"}  # not in the result
+        for key in sorted(vars(self.args)):
             now, then = getattr(self.args, key), saved["config"].get(key)
             what = f"--{key.replace('_', '-')} {then}, not {now}"
-            check(now == then, f"{path} was made with {what}: --resume needs the same")
-        for part, name in (model, "model"), (optimizer, "optimizer"), (scaler, "scaler"):
-            part.load_state_dict(saved[name])
+            same = key in free or key.startswith("knn") or now == then
+            check(same, f"{path} was made with {what}: --resume needs the same")
+        try:
+            for part, name in (model, "model"), (optimizer, "optimizer"), (scaler, "scaler"):
+                part.load_state_dict(saved[name])
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise InputError(f"{path} does not fit: {' '.join(str(error).split())[:200]}") from None
         self.log, self.untrained = saved["log"], saved["untrained"]
         self.write_log()  # without what came after the checkpoint
         print(f"resumed from step {saved['step']} (epoch {saved['epoch']})")
         return saved["epoch"], saved["step"]
 
     def write_log(self):
-        with atomic_write(self.folder / "log.jsonl") as file:
+        with atomic_write(self.path / "log.jsonl") as file:
             file.write("".join(json.dumps(entry) + "\n" for entry in self.log).encode())
 
     def save(self, model, optimizer, scaler, epoch, step):
@@ -1067,16 +1096,15 @@ class Run:
         about |= {"mean": list(d.mean), "std": list(d.std)}
         state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
         state |= {"scaler": scaler.state_dict(), "log": self.log, "untrained": self.untrained}
-        with atomic_write(self.folder / "checkpoint.pt") as file:
+        with atomic_write(self.path / "checkpoint.pt") as file:
             torch.save(about | state, file)
         weights = {k: v.cpu().contiguous() for k, v in model.backbone.state_dict().items()}
-        with atomic_write(self.folder / "encoder.pt") as file:
+        with atomic_write(self.path / "encoder.pt") as file:
             torch.save(about | {"state_dict": weights}, file)
 
 
 def save_views(images, augment, rng, path):
     """A picture of what the network sees: in each row an image in a blue frame and its views."""
-    images = images[:8]
     views = [augment.restore(view) for view in augment(images, rng)]
     images = images[:, 0] if images.ndim == 5 else images
     cells = torch.stack([evaluation_view(images, augment.size, (0, 0, 0), (1, 1, 1)), *views], 1)
@@ -1100,22 +1128,25 @@ def train(method, model, data, recipes, args):
     optimizer = make_optimizer(model, args)
     scaler = torch.amp.GradScaler(torch.device(args.device).type, enabled=args.precision == "fp16")
     augment = Augment(recipes, args.image_size, data.mean, data.std, args.device)
-    run = Run(args, method, data)
-    done, step = run.open(model, optimizer, scaler)
+    folder = RunFolder(args, method, data)
+    done, step = folder.open(model, optimizer, scaler)
     print(json.dumps(describe(args)))
     steps, saved = len(data.pretrain) // args.batch_size, time.time()
     total, with_knn = steps * args.epochs, args.knn_every > 0 and data.test is not None
     if not done:
-        images, _ = next(training_batches(data.pretrain, 1, args, recipes))
-        rng = generator(args.seed, "views", 0, args.device)
-        save_views(images, augment, rng, run.folder / "views.png")
-        run.untrained = knn_monitor(model.backbone, data, args) if with_knn else None
+        rng, shown = generator(args.seed, "views", 0, args.device), data.pretrain.spread(8)
+        crops = shown.images if shown.in_memory else None
+        if crops is None:
+            items = [(i, i) for i in range(len(shown))]
+            crops, _ = next(decode(shown, items, len(items), args, recipes))
+        save_views(crops, augment, rng, folder.path / "views.png")
+        folder.untrained = knn_monitor(model.backbone, data, args) if with_knn else None
 
     for epoch in range(done + 1, args.epochs + 1):
         bar, sums = Progress(f"epoch {epoch}/{args.epochs}", steps, args.batch_size), {}
         batches = training_batches(data.pretrain, epoch, args, recipes)
         for i, (images, labels) in enumerate(batches, 1):
-            lr = learning_rate(step, total, args.warmup_epochs * steps, args.lr)
+            lr = learning_rate(step, total, args.warmup_epochs * steps, args.scaled_lr)
             for group in optimizer.param_groups:
                 group["lr"] = lr
             torch.manual_seed(derived_seed(args.seed, "model", step))  # for what the model draws
@@ -1138,20 +1169,28 @@ def train(method, model, data, recipes, args):
         check(math.isfinite(entry["loss"]), f"the loss is not finite: {entry}; try a lower --lr")
         speed = steps * args.batch_size / (time.time() - bar.start)
         entry |= {"lr": lr, "images_per_second": round(speed, 1)}
-        entry |= collapse_figures(encode(model.backbone, data.train[:1024], args, data))
+        features = encode(model.backbone, data.train.spread(1024), args, data)
+        check(features.isfinite().all(), f"the features are not finite: {entry}; try a lower --lr")
+        entry |= collapse_figures(features)
         if with_knn and (epoch == args.epochs or epoch % args.knn_every == 0):
             entry["knn_top1"] = knn_monitor(model.backbone, data, args)
-        run.log.append(entry)
-        run.write_log()
+        folder.log.append(entry)
+        folder.write_log()
         shown = "  ".join(f"{key} {value:.4g}" for key, value in list(entry.items())[2:])
         bar.show(f"{bar.label}  {shown}")
-        if epoch == args.epochs or time.time() - saved > 60:
-            run.save(model, optimizer, scaler, epoch, step)
+        if epoch in (1, args.epochs) or time.time() - saved > 60:
+            folder.save(model, optimizer, scaler, epoch, step)
             saved = time.time()
 
     if with_knn:
-        last, chance = run.log[-1]["knn_top1"], 1 / len(data.classes)
-        print(f"kNN top-1 {last:.1%} (untrained encoder {run.untrained:.1%}, chance {chance:.1%})")
-    cached = " --cached" if args.device == "cpu" and args.dataset != "shapes" else ""
-    dataset, encoder = shlex.quote(args.dataset), shlex.quote(str(run.folder / "encoder.pt"))
-    print(f"python linear_eval.py --checkpoint {encoder} --dataset {dataset}{cached}")
+        last, chance = folder.log[-1]["knn_top1"], 1 / len(data.classes)
+        print(
+            f"kNN top-1 {last:.1%} (untrained encoder {folder.untrained:.1%}, chance {chance:.1%})"
+        )
+    if data.test is None:
+        print("no test split, no kNN figure; linear_eval.py takes --validation-fraction 0.1")
+    words = ["--checkpoint", str(folder.path / "encoder.pt"), "--dataset", args.dataset]
+    words += ["--data-dir", args.data_dir] if args.data_dir != "data" else []
+    words += ["--cached"] if args.device == "cpu" and args.dataset != "shapes" else []
+    words += ["--validation-fraction", "0.1"] if data.test is None else []
+    print(shlex.join(["python", "linear_eval.py", *words]))

@@ -17,6 +17,7 @@ Run: python linear_eval.py --checkpoint runs/simclr_cifar10_resnet18/encoder.pt 
 
 import dataclasses
 import json
+import math
 import time
 from pathlib import Path
 
@@ -37,31 +38,32 @@ def load_encoder(path, **overrides):
     overrides: arch, stem, image_size, mean, std; they replace what the file says. Returns (encoder,
     info): a ResNet from [B, 3, S, S] to [B, F], and a dict of the five and method, dataset, epoch.
     InputError for anything that is not a whole ResNet encoder."""
-    saved = common.load_file(path)
-    ours = isinstance(saved, dict) and all(key in saved for key in ABOUT)
-    weights = saved.get("state_dict", saved.get("model")) if ours else None
-    expected = "an encoder.pt or checkpoint.pt written by these scripts"
-    check(isinstance(weights, dict), f"{path}: not {expected}")
-    if "state_dict" not in saved:
-        prefix = "backbone."
-        weights = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
+    saved, ours = common.load_file(path), "an encoder.pt or checkpoint.pt written by these scripts"
+    check(isinstance(saved, dict) and all(key in saved for key in ABOUT), f"{path}: not {ours}")
     info = {k: saved.get(k) for k in (*ABOUT, "method", "dataset", "epoch")} | overrides
     try:
+        weights = saved.get("state_dict")
+        if weights is None:  # checkpoint.pt: the backbone among the rest of the method
+            weights, start = saved["model"], "backbone."
+            weights = {k.removeprefix(start): v for k, v in weights.items() if k.startswith(start)}
         encoder = common.resnet(info["arch"], info["stem"])
         encoder.load_state_dict(weights)
-    except (ValueError, RuntimeError, AttributeError, TypeError) as error:
+        info["mean"], info["std"] = ([float(x) for x in info[key]] for key in ("mean", "std"))
+        right = len(info["mean"]) == len(info["std"]) == 3 and min(info["std"]) > 0
+        check(right and 8 <= int(info["image_size"]) <= 4096, "unusable mean, std or image_size")
+    except (ValueError, RuntimeError, AttributeError, TypeError, KeyError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise common.InputError(f"{path}: not {expected}: {reason}") from None
+        raise common.InputError(f"{path}: not {ours}: {reason}") from None
     return encoder.eval(), info
 
 
 def random_encoder(args, data):
-    """An untrained encoder for comparison, of the given architecture."""
-    size = args.image_size or data.size
+    """An untrained encoder for comparison: resnet18, or what the flags say."""
+    size, arch = args.image_size or data.size, args.arch or "resnet18"
     stem = args.stem if args.stem != "auto" else "small" if size <= 64 else "imagenet"
     torch.manual_seed(args.seed)
-    info = {"arch": args.arch, "stem": stem, "image_size": size, "mean": data.mean, "std": data.std}
-    return common.resnet(args.arch, stem).eval(), info | {"method": "untrained", "epoch": 0}
+    info = {"arch": arch, "stem": stem, "image_size": size, "mean": data.mean, "std": data.std}
+    return common.resnet(arch, stem).eval(), info | {"method": "untrained", "epoch": 0}
 
 
 def hold_out(split, fraction, num_classes, seed):
@@ -104,21 +106,23 @@ def fit_linear(epoch_of_batches, num_features, num_classes, steps, args):
             optimizer.zero_grad(set_to_none=True)
             total = total + loss.detach()
             bar.update(i, total)
+        finite = math.isfinite(float(total))
+        check(finite, f"the classifier's loss is not finite in epoch {epoch}: try a lower --lr")
         if epoch % max(1, args.epochs // 5) == 0:
             bar.show(f"{bar.label}  loss {float(total) / steps:.4f}")
     return head
 
 
-def linear_protocol(encoder, data, features, test_features, test_labels, args):
-    """Top-1 and top-5 accuracy of a linear classifier on the frozen encoder.
+def linear_protocol(encoder, data, train, test, args):
+    """Top-1 and top-5 accuracy of a linear classifier on the frozen encoder. train, test: features.
 
     Features are standardised with the mean and deviation of the training images' features: the
     classifier is linear all the same, and one learning rate fits encoders of any scale."""
-    mean, std = features.mean(0), features.std(0).clamp(min=1e-6)
-    args.batch_size = min(args.batch_size, len(data.train))
+    mean, std = train.images.mean(0), train.images.std(0).clamp(min=1e-6)
+    args.batch_size = min(args.batch_size, len(data.train))  # a small set is one batch
     steps = len(data.train) // args.batch_size
     if args.cached:
-        cached = common.Split((features - mean) / std, data.train.labels.to(args.device))
+        cached = common.Split((train.images - mean) / std, train.labels)
 
         def batches(epoch):
             return common.training_batches(cached, epoch, args, [])
@@ -137,7 +141,7 @@ def linear_protocol(encoder, data, features, test_features, test_labels, args):
 
     head = fit_linear(batches, encoder.num_features, len(data.classes), steps, args)
     with torch.no_grad():
-        return common.top_accuracies(head((test_features - mean) / std), test_labels)
+        return common.top_accuracies(head((test.images - mean) / std), test.labels)
 
 
 # fmt: off
@@ -146,12 +150,14 @@ def parser():
     p.add_argument("--checkpoint", required=True, help="encoder.pt, checkpoint.pt, or: random")
     p.add_argument("--protocol", choices=("linear", "knn"), default="linear", help="see above")
     common.shared_arguments(p)
+    p.set_defaults(arch=None)  # the checkpoint knows
     p.add_argument("--cached", action="store_true", help="compute features once, no augmentation")
     p.add_argument("--epochs", type=common.count, default=100, help="of the linear classifier")
     p.add_argument("--batch-size", type=common.count, default=256, help="of the linear classifier")
     p.add_argument("--lr", type=common.positive, default=0.2, help="initial; S003: 0.2 to 0.002")
     p.add_argument("--momentum", type=common.fraction, default=0.9, help="of SGD")
-    p.add_argument("--crop-min", type=common.positive, default=0.08, help="smallest crop, of area")
+    p.add_argument("--crop-min", type=common.number(float, 1e-3, 1), default=0.08,
+                   help="smallest crop, share of the image's area")
     p.add_argument("--validation-fraction", type=common.fraction, default=0.0,
                    help="measure on this share of the training images, held out, instead of test")
     return p
@@ -161,51 +167,59 @@ def parser():
 def main():
     args = common.parse_args(parser(), PRESETS)
     common.resolve_hardware(args)
-    untrained = args.checkpoint == "random"
+    untrained, held = args.checkpoint == "random", args.validation_fraction > 0
     if not untrained:  # before the data: the cheaper thing to be wrong about
-        given = {} if args.image_size is None else {"image_size": args.image_size}
+        given = {"arch": args.arch, "image_size": args.image_size}
+        given["stem"] = None if args.stem == "auto" else args.stem
+        given = {key: value for key, value in given.items() if value is not None}
         encoder, info = load_encoder(args.checkpoint, **given)
     data = common.load_dataset(args.dataset, args.data_dir)
     if untrained:
         encoder, info = random_encoder(args, data)
-    held = args.validation_fraction > 0
-    check(data.test is not None or held, f"{data.name} has no test split: --validation-fraction")
+    there = data.test is not None or held
+    check(there, f"{data.name} has no test split: hold images out with --validation-fraction 0.1")
     args.image_size, args.arch, args.stem = info["image_size"], info["arch"], info["stem"]
     data = dataclasses.replace(data.to(args.device), mean=info["mean"], std=info["std"])
-    test = data.test
+    test, kind = data.test, "validation" if held else "test"
     if held:
         train, test = hold_out(data.train, args.validation_fraction, len(data.classes), args.seed)
         data = dataclasses.replace(data, train=train)
+    folder = Path(args.checkpoint).parent
+    folder = Path(f"runs/random_{data.name}_{args.arch}") if untrained else folder
+    words = [args.protocol, "cached" * args.cached, "validation" * held, data.name]
+    file = folder / ("_".join(filter(None, words)) + ".json")
+    folder.mkdir(parents=True, exist_ok=True)
+    with common.atomic_write(file.with_suffix(".test")):  # hours later would be a bad time to fail
+        pass
+    file.with_suffix(".test").unlink()
+
     encoder = encoder.to(args.device, memory_format=torch.channels_last).requires_grad_(False)
     before = {key: value.clone() for key, value in encoder.state_dict().items()}
     torch.manual_seed(args.seed)
-
     start, classes = time.time(), len(data.classes)
-    features, queries = (common.encode(encoder, split, args, data) for split in (data.train, test))
-    knn = common.knn_accuracies(features, data.train.labels, queries, test.labels, classes, args)
-    result = {"protocol": args.protocol, "dataset": data.name}
-    result |= {"knn_top1": knn[0], "knn_top5": knn[1]}
-    rows = [("kNN", *knn), ("chance", 1 / classes, min(1, 5 / classes))]
+    features, queries = (
+        common.Split(common.encode(encoder, split, args, data), split.labels.to(args.device))
+        for split in (data.train, test)
+    )
+    *knn, k = common.knn_accuracies(features.spread(args.knn_bank), queries, classes, args)
+    result = {"protocol": args.protocol, "dataset": data.name, "split": kind}
+    result |= {"knn_top1": knn[0], "knn_top5": knn[1], "knn_k": k}
+    rows = [(f"kNN, k = {k}", *knn), ("chance", 1 / classes, min(1, 5 / classes))]
     if args.protocol == "linear":
-        top1, top5 = linear_protocol(encoder, data, features, queries, test.labels, args)
+        top1, top5 = linear_protocol(encoder, data, features, queries, args)
         result |= {"top1": top1, "top5": top5, "cached": args.cached}
         rows.insert(1, ("linear, cached" if args.cached else "linear", top1, top5))
-    same = all(torch.equal(v, before[k]) for k, v in encoder.state_dict().items())
-    if not same:
+    if not all(torch.equal(v, before[k]) for k, v in encoder.state_dict().items()):
         raise RuntimeError("the encoder changed while it was evaluated")
-    result |= {"split": "validation" if held else "test", "images": len(test)}
-    result |= {"seconds": round(time.time() - start, 1), "method": info["method"]}
-    result |= {"epoch": info["epoch"], **common.describe(args)}
+    result |= {"images": len(test), "seconds": round(time.time() - start, 1)}
+    result |= {"method": info["method"], "epoch": info["epoch"], **common.describe(args)}
 
-    print(f"\n{info['method']}, epoch {info['epoch']}, {args.arch}, {args.stem} stem: {data.name}, "
-          f"{len(test)} {result['split']} images of {args.image_size} pixels")  # fmt: skip
+    what = f"{info['method']}, epoch {info['epoch']}, {args.arch}, {args.stem} stem"
+    print(f"\n{what}: {data.name}, {len(test)} {kind} images of {args.image_size} pixels")
     print(f"{'':18}{'top-1':>8}{'top-5':>8}")
-    for row in rows:
-        print(f"{row[0]:18}{row[1]:8.2%}{row[2]:8.2%}")
-    folder = Path(args.checkpoint).parent
-    folder = Path(f"runs/random_{data.name}_{args.arch}") if untrained else folder
-    folder.mkdir(parents=True, exist_ok=True)
-    common.write_json(result, folder / f"{args.protocol}_{data.name}.json")
+    for name, top1, top5 in rows:
+        print(f"{name:18}{top1:8.2%}{top5:8.2%}")
+    common.write_json(result, file)
     print(json.dumps(result))
 
 

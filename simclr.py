@@ -84,6 +84,16 @@ class SimCLR(nn.Module):
 
 # google: google-research/simclr README; htdt: htdt/self-supervised, the W-MSE repository; solo:
 # vturrisi/solo-learn's yaml files; lightly: lightly-ai/lightly's CIFAR-10 benchmark.
+IMAGENET = {
+    "color_strength": 1.0,  # google
+    "blur": 0.5,  # google
+    "temperature": 0.1,  # google, 100 epochs
+    "optimizer": "lars",  # google
+    "lr": 1.2,  # google: .075 sqrt(batch), the same at every batch
+    "lr_scaling": "sqrt",
+    "weight_decay": 1e-6,  # paper; google's README: 1e-4
+    "image_size": 224,
+}
 PRESETS = {
     "default": {
         "temperature": 0.2,  # solo, CIFAR; S000 10.1: .25 beats .5, .75 and 1
@@ -92,7 +102,14 @@ PRESETS = {
         "optimizer": "adam",  # htdt; google and solo: LARS, lightly: SGD
         "lr": 1e-3,  # for 256 images; htdt 3e-3 for 512, leftthomas/SimCLR 1e-3 for 512
         "weight_decay": 1e-6,  # htdt
+        "warmup_epochs": 10,  # google, solo
+        "epochs": 200,  # the shorter of the public benchmarks; google, solo and htdt: 1000
+        "batch_size": 512,  # google, htdt
     },
+    "stl10": {"epochs": 200, "batch_size": 256, "blur": 0.5, "image_size": 96},  # S001 5.8.3
+    "imagenette": {"color_strength": 1.0, "blur": 0.5, "image_size": 128, "batch_size": 256},
+    "imagenet100": IMAGENET | {"epochs": 400},  # solo: 400 epochs
+    "imagenet": IMAGENET | {"epochs": 100},  # google: 100 epochs
     "shapes": {  # ours: seconds an epoch on two cores
         "epochs": 8,
         "batch_size": 128,
