@@ -96,8 +96,6 @@ def load_file(path):
     check(Path(path).is_file(), f"{path}: no such file")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
     except Exception as error:  # a stranger's file can make torch.load raise anything
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         message = f"{path}: not a file that torch.load(weights_only=True) accepts ({reason})"
@@ -117,7 +115,7 @@ def generator(seed, purpose, number, device="cpu") -> torch.Generator:
 
 def keep_freed_memory() -> None:
     """Tell glibc to keep freed memory. By default every large block goes back to the kernel, and a
-    CPU step spends a fifth of its time on page faults for memory that it had a moment before."""
+    step on a CPU waits for page faults to get again the memory that it had a moment before."""
     with contextlib.suppress(OSError, AttributeError):  # another C library: nothing to do
         mallopt = ctypes.CDLL("libc.so.6").mallopt
         mallopt(-4, 0)  # M_MMAP_MAX: no block gets a mapping of its own
@@ -192,6 +190,7 @@ def load_dataset(name: str, data_dir="data") -> Dataset:
     if name in DATASETS and (stored.is_file() or not (unpacked / "train").is_dir()):
         packed = load_file(stored) if stored.is_file() else download(name, data_dir)
         if not stored.is_file():
+            stored.parent.mkdir(parents=True, exist_ok=True)
             with atomic_write(stored) as file:
                 torch.save(packed, file)
         return from_packed(name, packed, stored)
@@ -270,7 +269,6 @@ def download(name, root) -> dict:
     }
     how = f"unpack it as {root}/{name}/train/CLASS/* or put the packed file at {root}/{name}.pt"
     check(name in fetch, f"{name}: torchvision cannot download it; {how}")
-    Path(root).mkdir(parents=True, exist_ok=True)
     for split in ("train", "test", "unlabeled") if name == "stl10" else ("train", "test"):
         try:
             source = fetch[name](split)
@@ -1141,6 +1139,8 @@ def train(method, model, data, recipes, args):
             crops, _ = next(decode(shown, items, len(items), args, recipes))
         save_views(crops, augment, rng, folder.path / "views.png")
         folder.untrained = knn_monitor(model.backbone, data, args) if with_knn else None
+    elif done == args.epochs:  # stopped while it saved: the encoder may be older than the rest
+        folder.save(model, optimizer, scaler, done, step)
 
     for epoch in range(done + 1, args.epochs + 1):
         bar, sums = Progress(f"epoch {epoch}/{args.epochs}", steps, args.batch_size), {}

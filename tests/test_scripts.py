@@ -1,0 +1,554 @@
+"""The training scripts, each run whole on a few small images: the files of a run and their content,
+that an interrupted run goes on exactly, that nothing is random but for the seed, that bad input
+ends in one line and leaves nothing behind, and that the drawn dataset is learned."""
+
+import contextlib
+import functools
+import importlib
+import io
+import itertools
+import json
+import math
+import shlex
+import shutil
+import subprocess
+import sys
+import urllib.error
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
+
+import pytest
+import torch
+import torchvision
+from PIL import Image
+
+import common
+
+METHODS = ["simclr"]
+ROOT = Path(__file__).resolve().parent.parent
+CPU = "--device cpu --workers 0 --precision fp32".split()
+TINY = [*CPU, *"--batch-size 16 --stem imagenet --lr 0.1 --knn-every 0 --epochs 1".split()]
+
+
+def call(script, *argv):
+    """Run a script in this process as the shell would: (exit status, stdout, stderr)."""
+    main, out, err = importlib.import_module(script).main, io.StringIO(), io.StringIO()
+    words = [f"{script}.py", *map(str, argv)]
+    with (
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        mock.patch.object(sys, "argv", words),
+    ):
+        try:
+            status = common.run(main) or 0
+        except SystemExit as stop:
+            status = stop.code
+    return status, out.getvalue(), err.getvalue()
+
+
+def succeed(script, *argv):
+    """Run a script that should not fail, and return what it printed."""
+    status, out, err = call(script, *argv)
+    assert (status, err) == (0, ""), err
+    return out
+
+
+def fail(script, *argv):
+    """Run a script that should refuse its input, and return the line that says why."""
+    status, _, err = call(script, *argv)
+    assert status == 2 and err.endswith("\n") and err.count("\n") == 1, (status, err)
+    assert err.startswith(f"{script}.py: error: ") and "Traceback" not in err
+    return err
+
+
+def random_split(n, size=16, classes=4, seed=0):
+    rng = torch.Generator().manual_seed(seed)
+    images = torch.randint(256, (n, 3, size, size), generator=rng, dtype=torch.uint8)
+    return {"images": images, "labels": torch.arange(n) % classes}
+
+
+def toy(n=64, size=16):
+    """A packed dataset of noise: four classes, n training and 32 test images."""
+    test = random_split(32, size, seed=1)
+    return {"train": random_split(n, size), "test": test, "classes": ["a", "b", "c", "d"]}
+
+
+def store(value, path):
+    torch.save(value, path)
+    return path
+
+
+def read_log(out):
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def load(path):
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def same_tensors(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def listing(folder):
+    """Every file and folder below, with size and time of the files."""
+    paths = {path: path.stat() for path in sorted(folder.rglob("*"))}
+    return {p: (s.st_size, s.st_mtime_ns) if p.is_file() else None for p, s in paths.items()}
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """An empty working folder, removed afterwards: the checkpoints in it are large."""
+    monkeypatch.chdir(tmp_path)
+    yield tmp_path
+    shutil.rmtree(tmp_path)
+
+
+@pytest.fixture(scope="module", params=METHODS)
+def finished(request, tmp_path_factory):
+    """A run of three epochs of four steps that was not interrupted, one for each method."""
+    folder = tmp_path_factory.mktemp(request.param)
+    data, out = store(toy(), folder / "toy.pt"), folder / "run"
+    argv = ["--dataset", data, *TINY, "--epochs", "3", "--knn-every", "2"]
+    stdout = succeed(request.param, *argv, "--out", out)
+    yield SimpleNamespace(script=request.param, argv=argv, out=out, stdout=stdout)
+    shutil.rmtree(folder)
+
+
+# For what does not depend on the method.
+first_method = pytest.mark.parametrize("finished", METHODS[:1], indirect=True)
+
+
+# --------------------------------------------------------------------------------------------------
+# What a run writes
+
+
+def test_log(finished):
+    entries = read_log(finished.out)
+    assert [(entry["epoch"], entry["step"]) for entry in entries] == [(1, 4), (2, 8), (3, 12)]
+    always = {"loss", "lr", "images_per_second", "feature_std", "effective_rank"}
+    for entry in entries:
+        assert entry.keys() >= always
+        assert all(isinstance(v, int | float) and math.isfinite(v) for v in entry.values()), entry
+    assert ["knn_top1" in entry for entry in entries] == [False, True, True]  # --knn-every 2, last
+    assert 0 <= entries[-1]["knn_top1"] <= 1
+
+
+def test_encoder_file(finished):
+    saved = load(finished.out / "encoder.pt")
+    known = {"arch": "resnet18", "stem": "imagenet", "image_size": 16, "dataset": "toy", "epoch": 3}
+    known["method"] = finished.script
+    assert {key: saved[key] for key in known} == known
+    assert len(saved["mean"]) == len(saved["std"]) == 3
+    assert saved["config"]["epochs"] == 3
+
+    def plain(value):
+        if isinstance(value, dict | list):
+            return all(map(plain, value.values() if isinstance(value, dict) else value))
+        return type(value) in (str, int, float, bool, type(None))
+
+    assert plain({key: value for key, value in saved.items() if key != "state_dict"})
+    assert {type(value) for value in saved["state_dict"].values()} == {torch.Tensor}
+    network = torchvision.models.resnet18()
+    del network.fc
+    network.load_state_dict(saved["state_dict"])  # strict: every key and no other
+    model = load(finished.out / "checkpoint.pt")["model"]
+    prefix = "backbone."
+    backbone = {k.removeprefix(prefix): v for k, v in model.items() if k.startswith(prefix)}
+    assert same_tensors(saved["state_dict"], backbone)
+
+
+def test_views_and_config(finished):
+    with Image.open(finished.out / "views.png") as picture:
+        assert picture.format == "PNG" and picture.width > 2 * 16 and picture.height > 2 * 16
+        assert len(picture.convert("RGB").getcolors(picture.width * picture.height)) > 100
+    config = json.loads((finished.out / "config.json").read_text())
+    assert config["config"]["epochs"] == 3
+    assert shlex.split(config["command"])[:3] == ["python", f"{finished.script}.py", "--dataset"]
+
+
+def test_last_line_is_the_evaluation_to_run_next(finished):
+    python, script, *argv = shlex.split(finished.stdout.splitlines()[-1])
+    assert (python, script) == ("python", "linear_eval.py")
+    figures = json.loads(succeed("linear_eval", *argv).splitlines()[-1])
+    assert (figures["method"], figures["epoch"]) == (finished.script, 3)
+
+
+# --------------------------------------------------------------------------------------------------
+# That it trains
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_loss_decreases_on_one_batch(method, folder, monkeypatch):
+    """The model as its script builds it, and the views that its script asks for."""
+    built = []
+    monkeypatch.setattr(common, "train", lambda *values: built.extend(values))
+    succeed(method, "--dataset", store(toy(16, 32), "toy.pt"), *TINY)
+    name, model, data, recipes, args = built
+    assert name == method
+    augment = common.Augment(recipes, args.image_size, data.mean, data.std)
+    views = augment(data.train.images, common.generator(0, "views", 0))
+    optimizer, losses = torch.optim.Adam(model.parameters(), 1e-3), []
+    first_kernel = model.backbone.conv1.weight.detach().clone()
+    for step in range(1, 31):
+        loss, terms = model(views, data.train.labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if hasattr(model, "after_step"):
+            model.after_step(step / 30)
+        losses.append(loss.item())
+    assert all(value.ndim == 0 for value in terms.values())
+    assert max(losses[-5:]) < losses[0] - 0.1 * abs(losses[0]), losses
+    assert not torch.equal(model.backbone.conv1.weight, first_kernel)  # not the heads alone
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("method", METHODS)
+def test_precision(method, precision, folder):
+    store(toy(16), "toy.pt")
+    succeed(method, "--dataset", "toy.pt", *TINY, "--out", "run", "--precision", precision)
+    (entry,) = read_log(folder / "run")
+    assert math.isfinite(entry["loss"])
+    weights = load("run/encoder.pt")["state_dict"].values()
+    assert all(value.isfinite().all() for value in weights)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_nothing_is_random_but_for_the_seed(method, folder):
+    store(toy(32), "toy.pt")
+    weights, views = [], []
+    for i, seed in enumerate([3, 3, 4]):
+        torch.manual_seed(i)  # what was drawn before the run does not enter
+        argv = ["--dataset", "toy.pt", *TINY, "--seed", seed, "--out", f"run{i}"]
+        succeed(method, *argv)
+        weights.append(load(f"run{i}/checkpoint.pt")["model"])
+        views.append(Path(f"run{i}/views.png").read_bytes())
+    assert same_tensors(weights[0], weights[1]) and views[0] == views[1]
+    assert not torch.equal(weights[0]["backbone.conv1.weight"], weights[2]["backbone.conv1.weight"])
+    assert views[0] != views[2]
+
+
+def image_folder(root, sizes, splits=("train", "test")):
+    """Four images of each of two classes in each split; their sizes take turns."""
+    rng = torch.Generator().manual_seed(0)
+    for split, name, i in itertools.product(splits, ("cat", "dog"), range(4)):
+        size = sizes[i % len(sizes)]
+        pixels = torch.randint(256, (size, size, 3), generator=rng, dtype=torch.uint8)
+        path = Path(root, split, name, f"{i}.png")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels.numpy()).save(path)
+    return path
+
+
+@pytest.mark.parametrize("sizes", [[32], [32, 40]], ids=["equal", "mixed"])
+def test_image_folder(sizes, folder):
+    """Mixed sizes are decoded by workers, whose number changes nothing."""
+    image_folder("pets", sizes)
+    argv = ["--dataset", "pets", *TINY, *"--batch-size 4 --image-size 32 --knn-every 1".split()]
+    succeed("simclr", *argv, "--out", "run")
+    assert 0 <= read_log(folder / "run")[0]["knn_top1"] <= 1
+    weights = load("run/encoder.pt")
+    assert (weights["dataset"], weights["image_size"]) == ("pets", 32)
+    if len(sizes) > 1:
+        succeed("simclr", *argv, "--workers", "2", "--out", "again")
+        assert same_tensors(weights["state_dict"], load("again/encoder.pt")["state_dict"])
+
+
+def test_from_the_shell(folder):
+    """The one test that starts the script as a user does, from another folder."""
+    store(toy(16), "toy.pt")
+    argv = [sys.executable, ROOT / "simclr.py", "--dataset", "toy.pt", *TINY, "--dim", "32"]
+    first, second = (subprocess.run(argv, capture_output=True, text=True) for _ in range(2))
+    assert (first.returncode, first.stderr) == (0, "")
+    out = folder / "runs" / "simclr_toy_resnet18"
+    written = {"checkpoint.pt", "encoder.pt", "log.jsonl", "views.png", "config.json"}
+    assert {path.name for path in out.iterdir()} == written
+    assert second.returncode == 2 and second.stderr.count("\n") == 1
+    assert second.stderr.startswith("simclr.py: error: ") and "--resume" in second.stderr
+
+
+# --------------------------------------------------------------------------------------------------
+# Interrupted and resumed
+
+
+def interrupt(function, n):
+    """`function`, but for its n-th call, in which the user presses Ctrl-C."""
+    calls = itertools.count(1)
+
+    def wrapped(value, file=None):
+        if next(calls) < n:
+            return function(value, file) if file else function(value)
+        if file:
+            file.write(b"half a file")
+        raise KeyboardInterrupt
+
+    return wrapped
+
+
+def interrupt_and_resume(finished, monkeypatch, where, name, n):
+    """The run `finished`, again, interrupted in the n-th call of where.name, which is in its third
+    epoch, and resumed. Both leave the same weights and the same log."""
+    ticks = itertools.count(0, 100)  # more than a minute between two looks at the clock: save
+    argv, out = [*finished.argv, "--out", "run"], Path("run")
+    with monkeypatch.context() as patch:
+        patch.setattr(common, "time", SimpleNamespace(time=lambda: next(ticks)))
+        patch.setattr(where, name, interrupt(getattr(where, name), n))
+        status, _, err = call(finished.script, *argv)
+    assert status == 130 and "--resume" in err and err.count("\n") == 1
+    assert not list(out.glob("*.tmp"))
+    epoch = load(out / "checkpoint.pt")["epoch"]
+    assert epoch == 2 or (epoch == 3 and name == "save")
+
+    torch.manual_seed(5)  # a new process would be in another state
+    printed = succeed(finished.script, *argv, "--resume")
+    assert f"resumed from step {4 * epoch} (epoch {epoch})" in printed.splitlines()
+    for file, key in ("checkpoint.pt", "model"), ("encoder.pt", "state_dict"):
+        ours, theirs = load(out / file), load(finished.out / file)
+        assert same_tensors(ours[key], theirs[key]) and ours["epoch"] == 3, file
+    logs = read_log(out), read_log(finished.out)
+    for entry in itertools.chain(*logs):
+        del entry["images_per_second"]
+    assert logs[0] == logs[1]
+
+
+def test_resumed_run_equals_uninterrupted(finished, folder, monkeypatch):
+    """Interrupted before the third epoch's line in the log."""
+    interrupt_and_resume(finished, monkeypatch, common, "collapse_figures", 3)
+
+
+@first_method
+@pytest.mark.parametrize("n", [5, 6])  # an epoch saves two files: in the first, or between them
+def test_interrupted_while_saving(finished, folder, monkeypatch, n):
+    interrupt_and_resume(finished, monkeypatch, torch, "save", n)
+
+
+@first_method
+def test_a_run_is_not_overwritten(finished):
+    before = listing(finished.out)
+    assert "--resume" in fail(finished.script, *finished.argv, "--out", finished.out)
+    assert listing(finished.out) == before
+
+
+@first_method
+def test_resume_with_another_setting_is_refused(finished):
+    before = listing(finished.out)
+    argv = [*finished.argv, "--out", finished.out, "--resume"]
+    assert "--lr 0.1, not 0.5" in fail(finished.script, *argv, "--lr", "0.5")
+    assert "--epochs 3, not 4" in fail(finished.script, *argv, "--epochs", "4")
+    assert listing(finished.out) == before
+
+
+FOREIGN = {
+    "another method's": lambda saved: saved | {"method": "another"},
+    "an encoder.pt": lambda saved: {k: saved[k] for k in saved if k not in ("model", "optimizer")},
+    "another model's": lambda saved: saved | {"model": {"weight": torch.zeros(2)}},
+    "a list": lambda saved: [1, 2],
+    "missing": None,
+}
+
+
+@first_method
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_resume_from_a_foreign_checkpoint_is_refused(finished, folder, kind):
+    if kind != "missing":
+        Path("run").mkdir()
+        saved = load(finished.out / "checkpoint.pt")
+        store(FOREIGN[kind](saved), "run/checkpoint.pt")
+    before = listing(folder)
+    line = fail(finished.script, *finished.argv, "--out", "run", "--resume")
+    assert "run/checkpoint.pt" in line
+    assert listing(folder) == before
+
+
+# --------------------------------------------------------------------------------------------------
+# Bad input
+
+
+def flags(text):
+    """The flags after those of a run that is all right."""
+    return lambda: ["--dataset", store(toy(), "toy.pt"), *TINY, *shlex.split(text)]
+
+
+def packed(change):
+    """A packed file; `change` spoils it, or replaces it where it is no function."""
+
+    def argv():
+        value = change(toy()) if callable(change) else change
+        return ["--dataset", store(value, "toy.pt"), *TINY]
+
+    return argv
+
+
+def spoil(split="train", **change):
+    """Replace the images or labels of a split."""
+
+    def spoilt(data):
+        for key, function in change.items():
+            data[split][key] = function(data[split][key])
+        return data
+
+    return packed(spoilt)
+
+
+def cut_short():
+    data = Path(store(toy(), "toy.pt")).read_bytes()
+    Path("toy.pt").write_bytes(data[: len(data) // 2])
+    return ["--dataset", "toy.pt", *TINY]
+
+
+def empty_file():
+    Path("toy.pt").touch()
+    return ["--dataset", "toy.pt", *TINY]
+
+
+class Payload:
+    """A pickle that makes a file when it is loaded, as one could delete the user's."""
+
+    def __reduce__(self):
+        return Path.touch, (Path("payload_ran"),)
+
+
+def tree(*files):
+    """A folder with these files, which are no images."""
+
+    def argv():
+        for name in files:
+            path = Path("pets", name)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("not an image")
+        return ["--dataset", "pets", *TINY]
+
+    return argv
+
+
+def corrupt():
+    """One image that is none among images of equal size, which are read before anything else."""
+    image_folder("pets", [16]).write_bytes(b"not an image")
+    return ["--dataset", "pets", *TINY, "--batch-size", "4"]
+
+
+def below_a_file():
+    Path("file").touch()
+    return [*flags("")(), "--out", "file/run"]
+
+
+BAD_INPUT = {
+    "unknown dataset": (flags("--dataset nowhere"), "nowhere"),
+    "missing packed file": (flags("--dataset nowhere.pt"), "nowhere.pt"),
+    "folder without train": (tree("cat/1.png"), "pets: no folder train"),
+    "folder without images": (tree("train/cat/notes.txt"), "no images"),
+    "folder without classes": (tree("train/1.png"), "no images"),
+    "corrupt image": (corrupt, "3.png"),
+    "float images": (spoil(images=lambda x: x.float()), "uint8"),
+    "images of three dimensions": (spoil(images=lambda x: x[:, 0]), "[N, C, H, W]"),
+    "two channels": (spoil(images=lambda x: x[:, :2]), "[64, 2, 16, 16]"),
+    "no images": (spoil(images=lambda x: x[:0], labels=lambda y: y[:0]), "[0, 3, 16, 16]"),
+    "test images of another size": (spoil("test", images=lambda x: x[..., 1:]), "sizes"),
+    "float labels": (spoil(labels=lambda y: y.float()), "int64"),
+    "labels too high": (spoil(labels=lambda y: y + 1), "from 1 to 4"),
+    "labels negative": (spoil("test", labels=lambda y: y - 1), "from -1 to 2"),
+    "fewer labels than images": (spoil(labels=lambda y: y[:60]), "60 labels"),
+    "no classes": (packed(lambda data: data | {"classes": []}), "classes"),
+    "no train split": (packed(lambda data: {k: data[k] for k in ("test", "classes")}), "train"),
+    "train is no dict": (packed(lambda data: data | {"train": torch.zeros(3)}), "train"),
+    "packed list": (packed([1, 2, 3]), "dict"),
+    "packed tensor": (packed(torch.zeros(3)), "dict"),
+    "pickle with code": (packed(lambda data: data | {"classes": Payload()}), "toy.pt"),
+    "empty file": (empty_file, "toy.pt"),
+    "file cut short": (cut_short, "toy.pt"),
+    "batch larger than the dataset": (flags("--batch-size 65"), "64 training images"),
+    "batch of one": (flags("--batch-size 1"), "--batch-size"),
+    "no epochs": (flags("--epochs 0"), "--epochs"),
+    "negative epochs": (flags("--epochs -3"), "--epochs"),
+    "epochs in words": (flags("--epochs many"), "many"),
+    "negative lr": (flags("--lr -0.1"), "--lr"),
+    "lr nan": (flags("--lr nan"), "--lr"),
+    "lr infinite": (flags("--lr inf"), "--lr"),
+    "crop of nothing": (flags("--crop-min 0"), "--crop-min"),
+    "one view": (flags("--views 1"), "--views"),
+    "temperature 0": (flags("--temperature 0"), "--temperature"),
+    "abbreviated flag": (flags("--epoch 2"), "--epoch"),
+    "unknown flag": (flags("--epocs 2"), "--epocs"),
+    "flag without value": (flags("--dataset"), "--dataset"),
+    "unknown arch": (flags("--arch resnet19"), "resnet19"),
+    "unknown device": (flags("--device abacus"), "abacus"),
+    "device without memory": (flags("--device meta"), "meta"),
+    "output below a file": (below_a_file, "file"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_bad_input_ends_in_one_line(case, folder):
+    make, word = BAD_INPUT[case]
+    argv = make()
+    before = listing(folder)
+    assert word in fail("simclr", *argv)
+    assert listing(folder) == before  # so no payload ran, either
+
+
+# What is found only when training is under way may leave config.json and views.png, and does not
+# stop the next try.
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_corrupt_image_among_streamed_ones(workers, folder):
+    path = image_folder("pets", [16, 20], ["train"])
+    good = path.read_bytes()
+    path.write_bytes(good[: len(good) // 2])
+    argv = ["--dataset", "pets", *TINY, "--image-size", "32", "--batch-size", "4", "--out", "run"]
+    assert "3.png" in fail("simclr", *argv, "--workers", workers)
+    assert {path.name for path in Path("run").iterdir()} <= {"config.json", "views.png"}
+    path.write_bytes(good)
+    succeed("simclr", *argv)
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(folder):
+    argv = [*flags("--optimizer sgd --lr-scaling none --out run")(), "--lr"]
+    assert "not finite" in fail("simclr", *argv, "1e38")
+    assert {path.name for path in Path("run").iterdir()} <= {"config.json", "views.png"}
+    succeed("simclr", *argv, "0.1")
+
+
+def test_download_without_network(folder, monkeypatch):
+    def offline(*args, **kwargs):
+        raise urllib.error.URLError("no route to host")
+
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", offline)
+    line = fail("simclr", "--dataset", "cifar10", *TINY)
+    assert "no route to host" in line and "data/cifar10.pt" in line
+    assert listing(folder) == {}
+
+
+# --------------------------------------------------------------------------------------------------
+# That it learns
+
+
+@pytest.fixture(scope="module")
+def drawn():
+    """Draw the shapes once for the tests below."""
+    with mock.patch.object(common, "shapes", functools.cache(common.shapes)):
+        yield
+
+
+def test_shapes_are_learned(drawn, folder):
+    """Three epochs of the preset, well above what an untrained encoder gives."""
+    argv = "--dataset shapes --epochs 3 --knn-every 3 --knn-bank 1000 --device cpu --out run"
+    printed = succeed("simclr", *argv.split())
+    untrained = load("run/checkpoint.pt")["untrained"]
+    learned = read_log(folder / "run")[-1]["knn_top1"]
+    assert learned > untrained + 0.15
+    assert f"kNN top-1 {learned:.1%} (untrained encoder {untrained:.1%}, chance 10.0%)" in printed
+
+
+def test_a_collapsed_encoder_scores_at_chance_on_shapes(drawn, folder):
+    weights = {
+        k: torch.zeros_like(v) for k, v in common.resnet(stem="imagenet").state_dict().items()
+    }
+    about = {"arch": "resnet18", "stem": "imagenet", "image_size": 32}
+    about |= {"mean": [0.5] * 3, "std": [0.25] * 3}
+    store(about | {"state_dict": weights}, "encoder.pt")
+    argv = "--checkpoint encoder.pt --dataset shapes --device cpu --cached --epochs 1"
+    figures = json.loads(succeed("linear_eval", *argv.split()).splitlines()[-1])
+    assert abs(figures["knn_top1"] - 0.1) < 0.03 and abs(figures["top1"] - 0.1) < 0.03
