@@ -64,7 +64,7 @@ def run(main) -> None:
     except OSError as error:
         message = f"{error.filename or 'file system'}: {error.strerror or error}"
     except KeyboardInterrupt:
-        print("interrupted; a training run goes on with --resume", file=sys.stderr)
+        print("interrupted; --resume goes on from a run's last checkpoint.pt", file=sys.stderr)
         sys.exit(130)
     print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
     sys.exit(2)
@@ -913,7 +913,7 @@ def shared_arguments(p):
     p.add_argument("--stem", choices=STEMS, default="auto", help="auto: small up to 64 pixels")
     p.add_argument("--knn-k", type=count, default=200, help="neighbours; fewer on small sets")
     p.add_argument("--knn-temperature", type=positive, default=0.1, help="of the neighbours' votes")
-    p.add_argument("--knn-bank", type=whole, default=0, help="first N training images; 0 is all")
+    p.add_argument("--knn-bank", type=whole, default=0, help="N of the training images; 0: all")
 
 
 def base_parser(description):
@@ -996,6 +996,7 @@ def prepare(args, method) -> Dataset:
     images = f"the {len(data.pretrain)} training images"
     check(args.batch_size <= len(data.pretrain), f"--batch-size {args.batch_size} exceeds {images}")
     args.image_size = args.image_size or data.size
+    check(args.image_size >= 8, f"images of {args.image_size} pixels: give an --image-size from 8")
     if args.stem == "auto":
         args.stem = "small" if args.image_size <= 64 else "imagenet"
     args.out = args.out or f"runs/{method}_{data.name}_{args.arch}"
@@ -1047,6 +1048,9 @@ class Progress:
         print(before + text, end=end, flush=True)
 
 
+OWN_FILES = {"config.json", "log.jsonl", "views.png"}  # of a run that ended before it saved
+
+
 class RunFolder:
     """The output folder of a training run, and what is saved there."""
 
@@ -1059,13 +1063,17 @@ class RunFolder:
         if not self.args.resume:
             there = any((self.path / name).exists() for name in ("checkpoint.pt", "encoder.pt"))
             check(not there, f"{self.path} holds a run: add --resume, or choose another --out")
+            free = not self.path.exists() or {f.name for f in self.path.iterdir()} <= OWN_FILES
+            check(free, f"{self.path} holds files that are not a run's: choose another --out")
             self.path.mkdir(parents=True, exist_ok=True)
             write_json(describe(self.args), self.path / "config.json")
             return 0, 0
         path = self.path / "checkpoint.pt"
         saved = load_file(path)
         right = isinstance(saved, dict) and saved.get("method") == self.method
-        check(right and "untrained" in saved, f"{path}: not a checkpoint of {self.method}.py")
+        needed = {"config", "epoch", "step", "model", "optimizer", "scaler", "log", "untrained"}
+        right = right and needed <= saved.keys() and isinstance(saved["config"], dict)
+        check(right, f"{path}: not a checkpoint of {self.method}.py")
         free = {"resume", "out", "data_dir", "device", "workers", "scaled_lr"}  # not in the result
         for key in sorted(vars(self.args)):
             now, then = getattr(self.args, key), saved["config"].get(key)
@@ -1182,11 +1190,10 @@ def train(method, model, data, recipes, args):
             folder.save(model, optimizer, scaler, epoch, step)
             saved = time.time()
 
-    if with_knn:
-        last, chance = folder.log[-1]["knn_top1"], 1 / len(data.classes)
-        print(
-            f"kNN top-1 {last:.1%} (untrained encoder {folder.untrained:.1%}, chance {chance:.1%})"
-        )
+    last, chance = folder.log[-1].get("knn_top1"), 1 / len(data.classes)
+    if last is not None:
+        text = "" if folder.untrained is None else f"untrained encoder {folder.untrained:.1%}, "
+        print(f"kNN top-1 {last:.1%} ({text}chance {chance:.1%})")
     if data.test is None:
         print("no test split, no kNN figure; linear_eval.py takes --validation-fraction 0.1")
     words = ["--checkpoint", str(folder.path / "encoder.pt"), "--dataset", args.dataset]
