@@ -7,6 +7,7 @@
     models                              resnet, mlp
     optimisation                        LARS, make_optimizer, learning_rate
     what a representation is worth      encode, knn_scores, collapse_figures
+    a term for any method               lower_bound_estimate, MutualInformation
     command line                        base_parser, parse_args
     training                            prepare, train
 
@@ -20,6 +21,7 @@ import ctypes
 import dataclasses
 import errno
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -35,6 +37,7 @@ import torchvision
 import torchvision.transforms.functional as TF
 from PIL import Image
 from torch import Tensor, nn
+from torchvision.transforms import AutoAugmentPolicy
 
 # --------------------------------------------------------------------------------------------------
 # Bad input, files, random numbers
@@ -570,7 +573,10 @@ def gaussian_blur(x, sigma, kernel_size: int):
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """How one view is drawn. jitter: ranges of brightness, contrast, saturation and hue."""
+    """How one view is drawn. jitter: ranges of brightness, contrast, saturation and hue. pad: where
+    above 0, the crop is one of the whole image's size after a black border of `pad` pixels, and
+    `scale` counts only for what is decoded from disk. policy: torchvision's name of an AutoAugment
+    policy, or none. All recipes of an Augment share pad and policy."""
 
     scale: tuple = (0.08, 1.0)
     jitter: tuple = (0.4, 0.4, 0.4, 0.1)
@@ -578,6 +584,8 @@ class Recipe:
     gray_p: float = 0.2
     blur_p: float = 0.0
     solarize_p: float = 0.0
+    pad: int = 0
+    policy: str = ""
 
 
 def symmetric(views=2, strength=1.0, crop_min=0.08, blur=0.0):
@@ -595,6 +603,57 @@ def asymmetric(views=2, strength=1.0, crop_min=0.08, blur=1.0):
     first = Recipe((crop_min, 1.0), jitter, blur_p=blur)
     second = dataclasses.replace(first, blur_p=blur / 10, solarize_p=0.2)
     return [(first, second)[v % 2] for v in range(views)]
+
+
+def auto_augment(images, policy, chosen, chance, sign):
+    """AutoAugment (Cubuk et al. 2018): torchvision's policy and operations, with the draws given.
+
+    images: uint8 [N, 3, H, W]. policy: "cifar10", "imagenet" or "svhn". chosen: [N] sub-policy of
+    each image; chance: [N, 2] in [0, 1), its operation happens where chance < probability; sign:
+    bool [N, 2], a negative magnitude; the last three on the CPU, so that nobody waits for the
+    device. The images that drew the same pass through an operation together."""
+    policies = torchvision.transforms.AutoAugment(AutoAugmentPolicy(policy)).policies
+    images = images.clone()
+    for i, pair in enumerate(policies):
+        for stage, (name, probability, level) in enumerate(pair):
+            wanted = (chosen == i) & (chance[:, stage] < probability)
+            signs = (False,) if name in UNSIGNED else (False, True)
+            for negative in signs:
+                same = wanted if len(signs) == 1 else wanted & (sign[:, stage] == negative)
+                if same.any():
+                    group = same.nonzero()[:, 0].to(images.device, non_blocking=True)
+                    strength = (level or 0) / 9 * (-1 if negative else 1)
+                    images[group] = apply_operation(images[group], name, strength)
+    return images
+
+
+UNSIGNED = ("Posterize", "Solarize", "AutoContrast", "Equalize", "Invert")
+
+
+def apply_operation(images, name, strength):
+    """One of AutoAugment's operations, its strength from -1 to 1 of torchvision's largest."""
+    ops, (height, width) = torchvision.transforms.v2.functional, images.shape[-2:]
+    if name in ("Brightness", "Color", "Contrast", "Sharpness"):
+        adjust = {"Brightness": ops.adjust_brightness, "Color": ops.adjust_saturation}
+        adjust |= {"Contrast": ops.adjust_contrast, "Sharpness": ops.adjust_sharpness}
+        return adjust[name](images, 1 + 0.9 * strength)
+    if name.startswith("Shear"):
+        degrees = math.degrees(math.atan(0.3 * strength))
+        shear = [degrees, 0.0] if name == "ShearX" else [0.0, degrees]
+        return ops.affine(images, 0.0, [0, 0], 1.0, shear, center=[0, 0])
+    if name.startswith("Translate"):
+        side = width if name == "TranslateX" else height
+        shift = int(150 / 331 * side * strength)
+        shift = [shift, 0] if name == "TranslateX" else [0, shift]
+        return ops.affine(images, 0.0, shift, 1.0, [0.0, 0.0])
+    if name == "Rotate":
+        return ops.rotate(images, 30 * strength)
+    if name == "Posterize":
+        return ops.posterize(images, 8 - round(4 * strength))
+    if name == "Solarize":
+        return ops.solarize(images, 255 * (1 - strength))
+    plain = {"AutoContrast": ops.autocontrast, "Equalize": ops.equalize, "Invert": ops.invert}
+    return plain[name](images)
 
 
 FACTORS = ("brightness", "contrast", "saturation")
@@ -616,7 +675,8 @@ class Augment:
         """Every random number for n images: tensors whose first dimension is V * n, view 1 first.
 
         top, left, height, width (pixels), flip, gray, solarize (bool), brightness, contrast,
-        saturation (factors), hue (turns), order [V * n, 4], sigma (pixels, 0 for no blur)."""
+        saturation (factors), hue (turns), order [V * n, 4], sigma (pixels, 0 for no blur); with a
+        policy, what auto_augment takes, on the CPU."""
 
         def uniform(low, high):
             return torch.empty(n, device=rng.device).uniform_(low, high, generator=rng)
@@ -624,7 +684,14 @@ class Augment:
         drawn = []
         for r in self.recipes:
             how = {"device": rng.device, "generator": rng}
-            crop = random_resized_crop_params(n, height, width, r.scale, **how)
+            if r.pad:
+                side = min(height, width) - 2 * r.pad
+                box = torch.full((n,), side, device=rng.device)
+                place = [uniform(0, free + 1).long().clamp(max=free) for free in
+                         (height - side, width - side)]  # fmt: skip
+                crop = *place, box, box
+            else:
+                crop = random_resized_crop_params(n, height, width, r.scale, **how)
             d = dict(zip(("top", "left", "height", "width"), crop, strict=True))
             d |= {"flip": uniform(0, 1) < 0.5, "gray": uniform(0, 1) < r.gray_p}
             plain = uniform(0, 1) >= r.jitter_p  # masked_fill: where() would copy from the host
@@ -636,14 +703,23 @@ class Augment:
             d["sigma"] = uniform(0.1, 2.0).masked_fill(sharp, 0)  # SimCLR's range
             d["solarize"] = uniform(0, 1) < r.solarize_p
             drawn.append(d)
+        if self.recipes[0].policy:
+            host = torch.Generator().manual_seed(rng.initial_seed())
+            size, how = n * len(self.recipes), {"generator": host}
+            auto = {"chosen": torch.randint(25, (size,), **how)}  # every policy has 25 sub-policies
+            auto |= {"chance": torch.rand(size, 2, **how), "sign": torch.rand(size, 2, **how) < 0.5}
+            return {key: torch.cat([d[key] for d in drawn]) for key in drawn[0]} | auto
         return {key: torch.cat([d[key] for d in drawn]) for key in drawn[0]}
 
     @torch.no_grad()
     def __call__(self, images, rng):
         """images: uint8 [B, 3, H, W], or [B, V, 3, S, S] already cropped; rng on their device."""
-        views, d = len(self.recipes), self.draw(len(images), *images.shape[-2:], rng)
+        views, pad = len(self.recipes), self.recipes[0].pad
+        if pad:
+            images = F.pad(images, (pad,) * 4)
+        d = self.draw(len(images), *images.shape[-2:], rng)
         if images.ndim == 5:  # only the flip is left of the crop
-            whole = {"top": 0, "left": 0, "height": self.size, "width": self.size}
+            whole = {"top": pad, "left": pad, "height": self.size, "width": self.size}
             d |= {key: torch.full_like(d[key], value) for key, value in whole.items()}
             return self.apply(images.transpose(0, 1).flatten(0, 1), d).chunk(views)
         return self.apply(images.repeat(views, 1, 1, 1), d).chunk(views)
@@ -652,6 +728,12 @@ class Augment:
         """images: uint8 [V * B, 3, H, W]; d: what `draw` returned."""
         x, box = images.float() / 255, (d["top"], d["left"], d["height"], d["width"])
         x = resized_crop(x, *box, self.size, d["flip"]).clamp(0, 1)
+        if self.recipes[0].policy:
+            drawn, pixels = (
+                [d[key] for key in ("chosen", "chance", "sign")],
+                (x * 255).round().byte(),
+            )
+            x = auto_augment(pixels, self.recipes[0].policy, *drawn).float() / 255
         if any(r.jitter_p for r in self.recipes):
             x = color_jitter(x, *(d[key] for key in (*FACTORS, "hue", "order")))
         if any(r.gray_p for r in self.recipes):
@@ -865,6 +947,115 @@ def collapse_figures(features):
 
 
 # --------------------------------------------------------------------------------------------------
+# More, or less, of the image in the representation: a term that any method can add
+
+MI_WEIGHTS = {"rc": 1.0, "lbe": 1.0, "ip": 5e-4, "mib": 5e-4}  # InfoCL with SimCLR; its BYOL: .1
+NOISE = 0.1  # S002: sigma, the deviation of the noise on the representation
+
+
+def lower_bound_estimate(mu: Tensor, z: Tensor, rho: float = 0.05) -> Tensor:
+    """I_NCE~(z, v), up to constants a lower bound of the information in z about its image (S002):
+    -mean_k log sum_l exp(-rho |z_l - mu_k|^2), to be maximised.
+
+    mu: [N, F] representations f(v); z: [N, F] the same with noise, mu + sigma * noise; rho: scale,
+    S002 .05. Returns a scalar in nats, in float32 at least, from -log N (all in one place) to about
+    0 (all far apart). The text sums over z for each mu, as here; the code of its authors
+    (Haoqing-Wang/InfoCL mi_estimators.py) over mu for each z. The values hardly differ."""
+    with torch.autocast(mu.device.type, enabled=False):
+        dtype = torch.promote_types(mu.dtype, torch.float32)
+        # Differences, not |a|^2 + |b|^2 - 2ab, which cancels where points are close.
+        exact = "donot_use_mm_for_euclid_dist"
+        distance = torch.cdist(mu.to(dtype), z.to(dtype), compute_mode=exact)  # [N, N], k by l
+        return -(-rho * distance.square()).logsumexp(1).mean()
+
+
+class Decoder(nn.Module):
+    """Representation [B, F] -> view [B, 3, S, S]: from a small square, a transposed convolution for
+    each doubling of the side (InfoCL recons.py: 4x4 to 32x32 through 256, 128 and 64 channels)."""
+
+    def __init__(self, features, size):
+        super().__init__()
+        doublings = max(0, int(math.log2(size / 4)))
+        self.size, self.side = size, math.ceil(size / 2**doublings)
+        layers = [nn.Linear(features, 64 * self.side**2, bias=False)]
+        layers += [nn.BatchNorm1d(64 * self.side**2), nn.ReLU(inplace=True)]
+        layers += [nn.Unflatten(1, (64, self.side, self.side))]
+        width, how = 64, {"kernel_size": 3, "stride": 2, "padding": 1, "output_padding": 1}
+        for i in reversed(range(doublings)):
+            wider = min(256, 64 * 2**i)
+            layers += [nn.ConvTranspose2d(width, wider, bias=False, **how)]
+            layers += [nn.BatchNorm2d(wider), nn.ReLU(inplace=True)]
+            width = wider
+        self.layers = nn.Sequential(*layers, nn.Conv2d(width, 3, 3, padding=1))
+
+    def forward(self, h):
+        return self.layers(h)[..., : self.size, : self.size]
+
+
+class MutualInformation(nn.Module):
+    """A method plus weight * a term on its representations h, one for each view (S002).
+
+    rc   add the error of reconstructing each view from its h: mean over pixels, summed over views
+    lbe  subtract lower_bound_estimate over all views together, with noise on h
+    ip   add the squared distance of the two views' h: drops what the views do not share
+    mib  the same with noise on h
+    S002 prints ip and mib alike; the noise, which the method's heads receive too, is the difference.
+    With images of at most 64 pixels lbe is a weighted sum over three depths, as in InfoCL's code.
+    Evaluation never sees the noise: it comes in train mode alone."""
+
+    def __init__(self, method, kind, weight, image_size):
+        super().__init__()
+        self.method, self.kind, self.weight = method, kind, weight
+        if kind == "rc":
+            self.decoder = Decoder(method.backbone.num_features, image_size)
+        self.depths = {"layer2": 0.25, "layer3": 0.5} if kind == "lbe" and image_size <= 64 else {}
+        self.depths["backbone"] = 1.0
+        method.backbone.register_forward_hook(self.on_representation)
+        for name in list(self.depths)[:-1]:
+            method.backbone.get_submodule(name).register_forward_hook(
+                lambda _, __, maps, name=name: self.keep(name, maps.float().mean((2, 3)))
+            )
+        self.kept = {}
+
+    @property
+    def backbone(self):
+        return self.method.backbone
+
+    def keep(self, name, mu):
+        if self.training and torch.is_grad_enabled():
+            z = mu + NOISE * torch.randn_like(mu) if self.kind in ("lbe", "mib") else mu
+            self.kept.setdefault(name, []).append((mu, z))
+
+    def on_representation(self, backbone, inputs, h):
+        if self.training and torch.is_grad_enabled():
+            self.keep("backbone", h.float())
+            return self.kept["backbone"][-1][1].to(h.dtype)
+
+    def forward(self, views, y=None):
+        self.kept = {}
+        loss, terms = self.method(views, y)
+        kept = {name: [torch.cat(parts) for parts in zip(*pairs, strict=True)]
+                for name, pairs in self.kept.items()}  # fmt: skip
+        self.kept = {}
+        mu, _ = kept["backbone"]  # [VB, F], view 1 first
+        if self.kind == "rc":
+            errors = [(self.decoder(h).float() - x).square().mean() for h, x in
+                      zip(mu.chunk(len(views)), views, strict=True)]  # fmt: skip
+            term = sum(errors)
+        elif self.kind == "lbe":
+            estimates = {name: lower_bound_estimate(*pair) for name, pair in kept.items()}
+            term = -sum(weight * estimates[name] for name, weight in self.depths.items())
+        else:
+            pairs = list(itertools.combinations(mu.chunk(len(views)), 2))
+            term = sum((h1 - h2).square().sum(1).mean() for h1, h2 in pairs) / len(pairs)
+        return loss + self.weight * term, {**terms, f"loss_{self.kind}": term.detach()}
+
+    def after_step(self, progress):
+        if hasattr(self.method, "after_step"):
+            self.method.after_step(progress)
+
+
+# --------------------------------------------------------------------------------------------------
 # Command line
 
 
@@ -932,6 +1123,8 @@ def base_parser(description):
     p.add_argument("--color-strength", type=number(float, 0, 4), default=1.0, help="of the jitter")
     p.add_argument("--crop-min", type=number(float, 1e-3, 1), default=0.08, help="share of area")
     p.add_argument("--blur", type=fraction, default=0.0, help="probability of Gaussian blur")
+    p.add_argument("--increase-mi", choices=tuple(MI_WEIGHTS), help="S002: add RC or LBE, or IP, MIB")
+    p.add_argument("--mi-weight", type=number(float, 0), help="default: 1 rc, lbe; 5e-4 ip, mib")
     p.add_argument("--out", help="folder of the run (default: runs/METHOD_DATASET_ARCH)")
     p.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
     p.add_argument("--knn-every", type=whole, default=10, help="epochs between kNN figures; 0 none")
@@ -939,20 +1132,27 @@ def base_parser(description):
 # fmt: on
 
 
-def parse_args(parser, presets, argv=None):
-    """What the command line says, else the dataset's preset, else presets["default"], else the
-    parser's default. Says which preset was used and what the command line changed of it."""
+def parse_args(parser, presets, *variants, argv=None):
+    """What the command line says, else the presets, else the parser's default. Of the presets count
+    "default", then those named by a variant, then the dataset's, then "DATASET VARIANT"; a variant
+    is the value of a flag named in `variants`, or the flag's own name where it is a switch. Says
+    which presets there were and what the command line changed of them."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--dataset", nargs="?", default=parser.get_default("dataset"))
-    dataset = Path(first.parse_known_args(argv)[0].dataset or "")
+    for flag in ("dataset", *variants):
+        default = parser.get_default(flag)
+        how = {"action": "store_true"} if default is False else {"nargs": "?", "default": default}
+        first.add_argument(f"--{flag.replace('_', '-')}", **how)
+    known, _ = first.parse_known_args(argv)
+    dataset = Path(known.dataset or "")
     name = dataset.stem if dataset.suffix == ".pt" else str(dataset)
-    preset = presets["default"] | presets.get(name, {})
+    words = [flag if getattr(known, flag) is True else getattr(known, flag) for flag in variants]
+    keys = ["default", *words, name, *(f"{name} {word}" for word in words)]
+    keys = [key for key in keys if key in presets]
+    preset = {flag: value for key in keys for flag, value in presets[key].items()}
     parser.set_defaults(**preset)
     args = parser.parse_args(argv)
     changed = {key: v for key, v in vars(args).items() if v != parser.get_default(key)}
-    print(
-        f"preset {name if name in presets else 'default'}: {preset}, given: {changed or 'nothing'}"
-    )
+    print(f"preset {' + '.join(keys)}: {preset}, given: {changed or 'nothing'}")
     return args
 
 
@@ -1004,6 +1204,8 @@ def prepare(args, method) -> Dataset:
     args.warmup_epochs = min(args.warmup_epochs, args.epochs / 10)
     scale = {"linear": ratio, "sqrt": math.sqrt(ratio), "none": 1}[args.lr_scaling]
     args.scaled_lr = args.lr * scale
+    if args.mi_weight is None:
+        args.mi_weight = MI_WEIGHTS.get(args.increase_mi, 0.0)
     torch.manual_seed(args.seed)  # the initial weights
     return data.to(args.device)
 
@@ -1073,7 +1275,7 @@ class RunFolder:
         right = isinstance(saved, dict) and saved.get("method") == self.method
         needed = {"config", "epoch", "step", "model", "optimizer", "scaler", "log", "untrained"}
         right = right and needed <= saved.keys() and isinstance(saved["config"], dict)
-        check(right, f"{path}: not a checkpoint of {self.method}.py")
+        check(right, f"{path}: not a checkpoint of {self.method}")
         free = {"resume", "out", "data_dir", "device", "workers", "scaled_lr"}  # not in the result
         for key in sorted(vars(self.args)):
             now, then = getattr(self.args, key), saved["config"].get(key)
@@ -1130,6 +1332,8 @@ def save_views(images, augment, rng, path):
 
 def train(method, model, data, recipes, args):
     """Train `model`, a method, with one view per recipe, and write the run to args.out."""
+    if args.increase_mi:
+        model = MutualInformation(model, args.increase_mi, args.mi_weight, args.image_size)
     model = model.to(args.device, memory_format=torch.channels_last).train()
     optimizer = make_optimizer(model, args)
     scaler = torch.amp.GradScaler(torch.device(args.device).type, enabled=args.precision == "fp16")

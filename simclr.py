@@ -49,7 +49,7 @@ def nt_xent_loss(z1: Tensor, z2: Tensor, temperature: float = 0.5) -> Tensor:
     S000 eq. 23-24 = S003 eq. 2.17."""
     with torch.autocast(z1.device.type, enabled=False):  # half precision would blur the softmax
         z = torch.cat([z1, z2])  # [2B, D]
-        z = F.normalize(z.to(torch.promote_types(z.dtype, torch.float32)), dim=1)
+        z = F.normalize(z.to(torch.promote_types(z.dtype, torch.float32)), dim=1, eps=1e-4)
         sim = z @ z.T / temperature  # [2B, 2B]
         sim = sim.masked_fill(torch.eye(len(z), dtype=torch.bool, device=z.device), -math.inf)
         positive = torch.arange(len(z), device=z.device).roll(len(z1))  # i <-> i + B

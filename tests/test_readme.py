@@ -3,7 +3,6 @@ script, every file and folder named is there, and every flag that a script decla
 
 import ast
 import functools
-import importlib
 import importlib.util
 import re
 import shlex
@@ -30,15 +29,21 @@ class Captured(Exception):
 
 
 @functools.cache
+def module_of(path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@functools.cache
 def parser_of(path):
     """The parser that a script builds, caught when the script would use it."""
 
     def capture(parser, *args, **kwargs):
         raise Captured(parser)
 
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = module_of(path)
     with (
         mock.patch.object(sys, "argv", [path.name]),
         mock.patch.object(common.Parser, "parse_args", capture),
@@ -158,16 +163,16 @@ def test_every_flag_is_read(path):
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=SCRIPT_IDS)
-def test_presets_set_flags_that_there_are(path):
-    """A preset that says what no flag does would be silently without effect."""
-    presets = getattr(importlib.import_module(path.stem), "PRESETS", {})
+def test_presets_set_what_the_flags_take(path):
+    """The parser checks what is typed, not its defaults, among which the presets are."""
     actions = {action.dest: action for action in parser_of(path)._actions}
-    for name, preset in presets.items():
+    for name, preset in getattr(module_of(path), "PRESETS", {}).items():
         assert name == "default" or name in common.DATASETS
         for key, value in preset.items():
-            assert key in actions, f"{path.name}: preset {name} sets {key}"
-            choices = actions[key].choices
-            assert choices is None or value in choices, f"{path.name}: {key} {value}"
+            assert key in actions, f"preset {name} sets {key}, which is no flag"
+            convert, choices = actions[key].type or type(value), actions[key].choices
+            assert convert(str(value)) == value, f"preset {name}: {key} {value!r}"
+            assert choices is None or value in choices, f"preset {name}: {key} {value!r}"
 
 
 def test_every_flag_has_help():

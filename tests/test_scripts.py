@@ -257,16 +257,14 @@ def test_image_folder(sizes, folder):
 
 
 def test_from_the_shell(folder):
-    """The one test that starts the script as a user does, from another folder."""
+    """As a user starts it, from another folder and without --out."""
     store(toy(16), "toy.pt")
     argv = [sys.executable, ROOT / "simclr.py", "--dataset", "toy.pt", *TINY, "--dim", "32"]
-    first, second = (subprocess.run(argv, capture_output=True, text=True) for _ in range(2))
-    assert (first.returncode, first.stderr) == (0, "")
+    run = subprocess.run(argv, capture_output=True, text=True)
+    assert (run.returncode, run.stderr) == (0, "")
     out = folder / "runs" / "simclr_toy_resnet18"
     written = {"checkpoint.pt", "encoder.pt", "log.jsonl", "views.png", "config.json"}
     assert {path.name for path in out.iterdir()} == written
-    assert second.returncode == 2 and second.stderr.count("\n") == 1
-    assert second.stderr.startswith("simclr.py: error: ") and "--resume" in second.stderr
 
 
 # --------------------------------------------------------------------------------------------------
@@ -492,14 +490,22 @@ def test_bad_input_ends_in_one_line(case, folder):
 # stop the next try.
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_corrupt_image_among_streamed_ones(workers, folder):
+def test_corrupt_image_among_streamed_ones(folder):
     path = image_folder("pets", [16, 20], ["train"])
     good = path.read_bytes()
     path.write_bytes(good[: len(good) // 2])
     argv = ["--dataset", "pets", *TINY, "--image-size", "32", "--batch-size", "4", "--out", "run"]
-    assert "3.png" in fail("simclr", *argv, "--workers", workers)
+    assert "3.png" in fail("simclr", *argv)
     assert {path.name for path in Path("run").iterdir()} <= {"config.json", "views.png"}
+
+    # Where a worker finds it, its traceback comes along. In a process of its own, because torch
+    # takes seconds to be rid of workers that were left with an error.
+    command = [sys.executable, ROOT / "simclr.py", *argv, "--workers", "2"]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 2 and run.stderr.count("\n") == 1, run.stderr
+    assert run.stderr.startswith("simclr.py: error: pets") and "3.png" in run.stderr
+    assert not list(Path("run").glob("*.pt"))
+
     path.write_bytes(good)
     succeed("simclr", *argv)
 

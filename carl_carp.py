@@ -1,0 +1,236 @@
+# SPDX-License-Identifier: MIT
+"""CARL and CARP: consistent assignment of views to prototypes, all at once or in random partitions.
+T. Silva, A. Ramírez Rivera: Representation Learning via Consistent Assignment of Views to Clusters,
+2021, arXiv:2112.15421 (S001 chapter 5), and over Random Partitions, 2023, arXiv:2310.12692 (ch. 6)
+
+Idea. K prototypes share out the space of projections, and an image is described by the
+probabilities with which it belongs to each. Two views of an image should get the same description;
+over a batch all prototypes should be used alike, or one of them would take everything. CARL asks
+for this over all prototypes at once. CARP deals them, anew at every step, into small blocks and
+asks within each block: many small easy problems instead of a large one.
+
+Loss, with q_v the softmax over the prototypes (of a block) of the scores of view v:
+
+    consistency = -mean over images of log <q_1, q_2>                           S001 eq. 5.4, 6.5
+    kl          = log K + sum_k qbar_k log qbar_k,   qbar the mean of q         S001 eq. 5.5-5.7
+    loss        = consistency + lambda_e kl          CARP: both averaged over blocks, K -> N_B
+
+kl is the divergence of the mean assignment from uniform use: 0 if all prototypes are used alike,
+log K if one takes all. lambda_e falls linearly from kl_start to kl_end, then stays (eq. 5.8).
+
+Notation: p -> q1, q2, c -> prototypes, N_P -> num_blocks, N_B = K / N_P, lambda_e -> kl_weight.
+
+Run:    python carl_carp.py --method carl --dataset cifar10 --epochs 200
+Result: see README.md, section Results.
+
+Differences. Some of S001 does not work as printed; here is what it means.
+ 1. Listing 2 adds the entropy of qbar to the loss. To minimise it is to send every image to one
+    prototype (--ablate kl collapses the same way); eq. 5.5 has the other sign. The listing also
+    sums over the second dimension of a vector, and takes an entropy for each view: eq. 5.6 has one
+    mean, and here it is over the images and both views.
+ 2. Eq. 6.4 divides a block's softmax by a sum over all K: a block would hold less than all of the
+    probability, and agreement within it would never cost nothing. Here: the sum is over the block.
+ 3. Eq. 6.6 adds log K once, whatever the number of blocks: for K = 3000, N_P = 12 the least value
+    would be log 3000 - 12 log 250 = -58, no divergence at all. Here: log N_B within each block.
+ 4. Eq. 6.2 counts N_P + 1 blocks, 6.8 leaves its j open, 6.9 averages and negates a second time.
+    Here: N_P blocks, one mean.
+ 5. The listing stops the gradient on one side of each half: half of this gradient, same direction.
+ 6. sthalles/carp is the later, published CARP with a momentum teacher. This is the thesis's.
+ 7. More than two views (--views): the mean of the loss over all pairs of views.
+"""
+
+import itertools
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import common
+
+
+def carl_loss(logits1: Tensor, logits2: Tensor, kl_weight: float = 1.0) -> Tensor:
+    """Consistency of the two views' assignments plus kl_weight times the KL to uniform use.
+
+    logits1, logits2: [B, K] scores of the prototypes; no temperature, nothing normalised. Returns a
+    scalar in nats, in float32 at least. S001 eq. 5.4 + kl_weight * eq. 5.5, with the mean
+    assignment (5.6) over both views."""
+    with torch.autocast(logits1.device.type, enabled=False):
+        dtype = torch.promote_types(logits1.dtype, torch.float32)
+        log_q1 = F.log_softmax(logits1.to(dtype), dim=1)  # [B, K]
+        log_q2 = F.log_softmax(logits2.to(dtype), dim=1)
+        # In logarithms throughout: <q1, q2> underflows where confident views disagree.
+        consistency = -(log_q1 + log_q2).logsumexp(1).mean()
+        log_q = torch.cat([log_q1, log_q2])  # [2B, K]
+        log_mean = log_q.logsumexp(0) - math.log(len(log_q))  # [K]
+        kl = math.log(log_q.shape[1]) + (log_mean.exp() * log_mean).sum()
+        return consistency + kl_weight * kl
+
+
+def carp_loss(
+    logits1: Tensor,
+    logits2: Tensor,
+    num_blocks: int,
+    kl_weight: float = 1.0,
+    permutation: Tensor | None = None,
+) -> Tensor:
+    """carl_loss within each of num_blocks blocks of prototypes, averaged over the blocks.
+
+    logits1, logits2: [B, K], K a multiple of num_blocks (else ValueError). permutation: int64 [K],
+    the order in which prototypes are dealt to blocks, the same for both views; random if None.
+    Returns a scalar in nats, in float32 at least; with one block it is carl_loss. S001 eq. 6.5-6.7,
+    the softmax and the log over the N_B = K / num_blocks prototypes of the block."""
+    (batch, k), block = logits1.shape, logits1.shape[1] // num_blocks
+    if k != num_blocks * block:
+        raise ValueError(f"{k} prototypes cannot be cut into {num_blocks} blocks of one size")
+    if permutation is None:
+        permutation = torch.randperm(k, device=logits1.device)
+    with torch.autocast(logits1.device.type, enabled=False):
+        dtype = torch.promote_types(logits1.dtype, torch.float32)
+        log_q1, log_q2 = (
+            F.log_softmax(x.to(dtype)[:, permutation].view(batch, num_blocks, block), dim=2)
+            for x in (logits1, logits2)
+        )  # [B, N_P, N_B]
+        consistency = -(log_q1 + log_q2).logsumexp(2).mean()  # over images and blocks: 1 / (B N_P)
+        log_q = torch.cat([log_q1, log_q2])  # [2B, N_P, N_B]
+        log_mean = log_q.logsumexp(0) - math.log(len(log_q))  # [N_P, N_B]
+        kl = math.log(block) + (log_mean.exp() * log_mean).sum(1)  # [N_P], each of them >= 0
+        return consistency + kl_weight * kl.mean()
+
+
+class CARLCARP(nn.Module):
+    """views -> backbone -> h -> projector -> z -> prototypes -> scores of K prototypes.
+
+    num_blocks: None for CARL, whose prototypes are a linear layer; N_P for CARP, whose assigner
+    has a hidden layer (S001 6.4). kl_start, kl_end: lambda_e at first, and after `kl_decay` (a
+    share) of the steps. ablate: None, or "kl" (that term left out): one prototype takes all."""
+
+    def __init__(
+        self, backbone, num_prototypes=100, num_blocks=None, hidden_dim=512, dim=128,
+        kl_start=4.0, kl_end=1.5, kl_decay=0.5, ablate=None,
+    ):  # fmt: skip
+        super().__init__()
+        self.backbone, self.num_blocks = backbone, num_blocks
+        self.projector = common.mlp(backbone.num_features, hidden_dim, dim)
+        widths = (dim, num_prototypes) if num_blocks is None else (dim, hidden_dim, num_prototypes)
+        self.prototypes = common.mlp(*widths, last_bias=False)  # eq. 5.2: inner products alone
+        self.kl_schedule, self.ablate = (kl_start, kl_end, kl_decay), ablate
+        self.register_buffer("kl_weight", torch.tensor(float(kl_start)))
+        self.after_step(0.0)
+
+    def forward(self, views, y=None):
+        """views: V of [B, 3, H, W]; y: [B], not used. Returns (loss, terms).
+
+        All views pass in one batch, as in S001's listing 2."""
+        scores = self.prototypes(self.projector(self.backbone(torch.cat(list(views)))))  # [VB, K]
+        pairs = list(itertools.combinations(scores.chunk(len(views)), 2))
+        partition = torch.randperm(scores.shape[1], device=scores.device)  # S001 6.3: at every step
+
+        def mean_loss(kl_weight):
+            if self.num_blocks is None:
+                losses = [carl_loss(a, b, kl_weight) for a, b in pairs]
+            else:
+                losses = [carp_loss(a, b, self.num_blocks, kl_weight, partition) for a, b in pairs]
+            return sum(losses) / len(pairs)
+
+        loss = mean_loss(self.kl_weight)
+        with torch.no_grad():
+            consistency = mean_loss(0.0)
+            kl = mean_loss(1.0) - consistency
+        terms = {"loss_consistency": consistency, "kl": kl, "kl_weight": self.kl_weight.clone()}
+        return loss, terms
+
+    @torch.no_grad()
+    def after_step(self, progress):
+        """S001 eq. 5.8, by steps. progress: share of the steps that are done, from 0 to 1."""
+        start, end, decay = self.kl_schedule
+        weight = end if progress >= decay else start + (end - start) * progress / decay
+        self.kl_weight.fill_(0.0 if self.ablate == "kl" else weight)
+
+
+# S001: chapters 5.6-5.8 (CARL) and 6.5 (CARP).
+IMAGENET = {  # S001 6.5.3, K = 3000 in 12 blocks, listing 3
+    "num_prototypes": 3000,
+    "color_strength": 1.0,
+    "crop_min": 0.15,  # listing 3, whose largest crop is .925; here 1
+    "blur": 1.0,  # listing 3; view 2 a tenth
+    "optimizer": "lars",
+    "lr": 5.4,  # falls to 5.4e-4; here to 0
+    "lr_scaling": "none",
+    "weight_decay": 1e-6,
+    "warmup_epochs": 0,
+    "epochs": 200,
+    "batch_size": 256,
+    "image_size": 224,
+    "hidden_dim": 2048,
+}
+PRESETS = {
+    "default": {
+        "num_prototypes": 100,  # S001, CIFAR-10
+        "kl_start": 4.0,  # S001, CIFAR
+        "kl_end": 1.5,  # S001, CIFAR
+        "kl_decay": 0.5,  # S001: 100 of 150 epochs (CIFAR), of 200 (STL-10)
+        "hidden_dim": 512,  # S001, ResNet-18
+        "dim": 128,  # S001
+        "blur": 0.5,  # S001 5.8.3
+        "optimizer": "adam",  # as our SimCLR; S001: SGD and LARS, lr .6, weight decay 5e-4
+        "lr": 1e-3,
+        "weight_decay": 1e-6,
+        "warmup_epochs": 10,
+        "epochs": 200,  # S001
+        "batch_size": 256,  # S001
+    },
+    "carp": {"num_blocks": 4, "num_prototypes": 256},  # none published for small images: ours
+    "cifar10": {},
+    "cifar100": {"num_prototypes": 300},  # S001
+    "cifar100 carp": {"num_prototypes": 1024},
+    "stl10": {"num_prototypes": 300, "kl_start": 2.0, "kl_end": 1.0, "image_size": 96},  # S001
+    "tiny_imagenet": {"num_prototypes": 3000, "image_size": 64},  # S001, ImageNet at 64 pixels
+    "imagenet100": IMAGENET,
+    "imagenet": IMAGENET,
+    "imagenet carp": {
+        "num_blocks": 12,
+        "kl_start": 2.0,
+        "kl_end": 0.15,
+        "kl_decay": 0.15,
+    },  # 30/200
+    "shapes": {  # ours: seconds an epoch on two cores
+        "epochs": 8,
+        "batch_size": 128,
+        "stem": "imagenet",
+        "optimizer": "adamw",
+        "lr": 1e-3,
+        "lr_scaling": "none",
+        "crop_min": 0.4,  # what a shape is can only be told from most of it
+        "blur": 0.0,
+        "color_strength": 0.5,
+        "knn_every": 4,
+    },
+}
+
+
+def main():
+    parser, weight = common.base_parser(__doc__), common.number(float, 0)
+    parser.add_argument("--method", choices=("carl", "carp"), default="carl", help="see above")
+    parser.add_argument("--num-prototypes", type=common.count, default=100, help="K")
+    parser.add_argument("--num-blocks", type=common.count, default=12, help="N_P, for carp")
+    parser.add_argument("--kl-start", type=weight, default=4.0, help="lambda_e at first, b")
+    parser.add_argument("--kl-end", type=weight, default=1.5, help="lambda_e at last, a")
+    parser.add_argument("--kl-decay", type=common.fraction, default=0.5, help="share of the run, E")
+    parser.add_argument("--hidden-dim", type=common.count, default=512, help="of the heads")
+    parser.add_argument("--dim", type=common.count, default=128, help="of the projections, D")
+    parser.add_argument("--ablate", choices=("kl",), help="see it collapse")
+    args = common.parse_args(parser, PRESETS, "method")
+    k, blocks = args.num_prototypes, args.num_blocks if args.method == "carp" else None
+    fits = f"--num-prototypes {k} is not a multiple of --num-blocks {blocks}"
+    common.check(blocks is None or k % blocks == 0, fits)
+    data = common.prepare(args, args.method)
+    backbone = common.resnet(args.arch, args.stem)
+    kl = args.kl_start, args.kl_end, args.kl_decay
+    model = CARLCARP(backbone, k, blocks, args.hidden_dim, args.dim, *kl, args.ablate)
+    recipes = common.symmetric(args.views, args.color_strength, args.crop_min, args.blur)
+    common.train(args.method, model, data, recipes, args)
+
+
+if __name__ == "__main__":
+    common.run(main)

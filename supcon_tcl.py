@@ -1,0 +1,232 @@
+# SPDX-License-Identifier: MIT
+"""SupCon and TCL: contrastive learning with labels, or without them from three views.
+P. Khosla, P. Teterwak, C. Wang et al.: Supervised Contrastive Learning, 2020, arXiv:2004.11362
+C. Animesh, M. Chandraker: Tuned Contrastive Learning, 2023, arXiv:2305.10675 (S004)
+
+Idea. SupCon is SimCLR in which all views of all images of a class are positives: it uses the labels
+of the training images. TCL has two knobs in the denominator: k1 adds a term that grows as a
+positive moves away, so that hard positives pull harder; k2 multiplies the negatives, so that they
+push harder. With --self-supervised, the positives are the views of the same image, three of them,
+and no label is read. --loss cross_entropy is the supervised baseline, a linear classifier.
+
+Loss, for the anchor i, its positives P(i), its negatives N(i), all among the other M - 1 views:
+
+    SupCon (S004 eq. 3.1-3.2)  l_i = -1 / |P(i)| sum_{p in P(i)} log( exp(z_i.z_p / tau) / D_i )
+                               D_i = sum_{P(i)} exp(z_i.z_p / tau) + sum_{N(i)} exp(z_i.z_n / tau)
+    TCL (S004 eq. 4.2-4.3)     D_i = sum_{P(i)} exp(z_i.z_p / tau) + k1 sum_{P(i)} exp(-z_i.z_p)
+                                     + k2 sum_{N(i)} exp(z_i.z_n / tau)
+    loss = mean of l_i over the anchors that have a positive
+
+The k1 term has no temperature. S004 asks for k1, k2 >= 1; k1 = 0, k2 = 1 is SupCon.
+
+Notation: z -> z, tau -> temperature, P(i) -> positive, N(i) -> negative, I -> the M = VB views.
+
+Run:    python supcon_tcl.py --dataset cifar10 --loss tcl --epochs 100
+Result: see README.md, section Results. Without --self-supervised it used the training labels.
+
+Differences
+ 1. S004 sums over the anchors; its code and ours average. HobbitLong/SupContrast multiplies by
+    tau / .07. solo-learn's "SupCon" sums the positives inside the log (L_in). Here: L_out, plain.
+ 2. The released TCL code divides by the denominator of the positive's row, not of the anchor's;
+    the mean over the batch is the same because positives are symmetric. Here: the anchor's.
+ 3. An anchor without a positive is left out of the mean. Released TCL: NaN.
+ 4. --batch-size counts images. S004's tables count views: its 128 are 64 images of two views.
+ 5. Self-supervised TCL is in no released code. S004 does not name its temperature; solo-learn's
+    SimCLR, with whose settings S004 A.3 compares, has .2. Its clipped LARS is replaced by Adam.
+ 6. S004's released linear stage lets the batch-norm statistics of the frozen encoder move.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import common
+
+
+def supcon_loss(z: Tensor, y: Tensor, temperature: float = 0.1) -> Tensor:
+    """SupCon (L_out), the mean over the anchors that have a positive.
+
+    z: [M, D] projections of all views, not normalised; y: [M] the class of each, or the image that
+    it is a view of. Returns a scalar in nats, in float32 at least; 0 if no anchor has a positive.
+    S004 eq. 3.2."""
+    with torch.autocast(z.device.type, enabled=False):  # half precision would blur the softmax
+        z = F.normalize(z.to(torch.promote_types(z.dtype, torch.float32)), dim=1, eps=1e-4)
+        sim = z @ z.T / temperature  # [M, M]
+        itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
+        positive = (y[:, None] == y) & ~itself
+        log_prob = sim - sim.masked_fill(itself, -math.inf).logsumexp(1, keepdim=True)
+        count = positive.sum(1)  # |P(i)|
+        per_anchor = -(log_prob * positive).sum(1) / count.clamp(min=1)  # 0 without a positive
+        return per_anchor.sum() / (count > 0).sum().clamp(min=1)
+
+
+def tcl_loss(
+    z: Tensor, y: Tensor, temperature: float = 0.1, k1: float = 5000.0, k2: float = 1.0
+) -> Tensor:
+    """Tuned contrastive loss, the mean over the anchors that have a positive.
+
+    z: [M, D] projections of all views, not normalised; y: [M] as for supcon_loss. k1: pull of hard
+    positives; k2: push of negatives; both >= 0. Returns a scalar in nats, in float32 at least; 0 if
+    no anchor has a positive. S004 eq. 4.2-4.3."""
+    with torch.autocast(z.device.type, enabled=False):
+        z = F.normalize(z.to(torch.promote_types(z.dtype, torch.float32)), dim=1, eps=1e-4)
+        cosine = z @ z.T  # [M, M]
+        sim, itself = cosine / temperature, torch.eye(len(z), dtype=torch.bool, device=z.device)
+        positive, negative = (y[:, None] == y) & ~itself, y[:, None] != y
+        log_k1, log_k2 = (math.log(k) if k > 0 else -math.inf for k in (k1, k2))
+        summands = torch.cat(  # [M, 3M], the logarithms of what D_i adds up
+            [
+                sim.masked_fill(~positive, -math.inf),
+                (log_k1 - cosine).masked_fill(~positive, -math.inf),  # Paper: no temperature
+                (log_k2 + sim).masked_fill(~negative, -math.inf),
+            ],
+            dim=1,
+        )
+        count = positive.sum(1, keepdim=True)  # [M, 1], |P(i)|
+        log_d = summands.masked_fill(count == 0, 0.0).logsumexp(1, keepdim=True)
+        per_anchor = -((sim - log_d) * positive).sum(1, keepdim=True) / count.clamp(min=1)
+        return per_anchor.sum() / (count > 0).sum().clamp(min=1)
+
+
+class SupConTCL(nn.Module):
+    """views -> backbone -> h -> head -> z -> loss. Afterwards h is used, z thrown away.
+
+    loss: "supcon", "tcl" or "cross_entropy", for which the head is a linear classifier.
+    self_supervised: the views of an image are its positives; labels are not read."""
+
+    def __init__(
+        self, backbone, num_classes, loss="supcon", hidden_dim=512, dim=128,
+        temperature=0.1, k1=5000.0, k2=1.0, self_supervised=False,
+    ):  # fmt: skip
+        super().__init__()
+        self.backbone, features = backbone, backbone.num_features
+        self.head = common.mlp(features, hidden_dim, dim, batch_norm=False)
+        if loss == "cross_entropy":
+            self.head = nn.Linear(features, num_classes)
+        self.loss, self.self_supervised = loss, self_supervised
+        self.temperature, self.k1, self.k2 = temperature, k1, k2
+
+    def forward(self, views, y):
+        """views: V of [B, 3, H, W]; y: [B] classes, not read if self_supervised. Returns (loss,
+        terms). All views pass in one batch, as in SupContrast."""
+        z = self.head(self.backbone(torch.cat(list(views))))  # [VB, D], or scores of the classes
+        if self.self_supervised:
+            y = torch.arange(len(views[0]), device=z.device)
+        y = y.repeat(len(views))  # [VB]
+        if self.loss == "cross_entropy":
+            return F.cross_entropy(z.float(), y), {"top1": (z.argmax(1) == y).float().mean()}
+        if self.loss == "tcl":
+            return tcl_loss(z, y, self.temperature, self.k1, self.k2), {}
+        return supcon_loss(z, y, self.temperature), {}
+
+
+def make_recipes(args, size):
+    """--augment: autoaugment (S004 A.1: crop after padding by an eighth, flip, the CIFAR policy),
+    crop_flip (S004 A.1, Fashion-MNIST), simaugment (SimCLR's, its strength and crops by flags)."""
+    if args.augment == "simaugment":
+        return common.symmetric(args.views, args.color_strength, args.crop_min, args.blur)
+    policy = "cifar10" if args.augment == "autoaugment" else ""
+    recipe = common.Recipe(jitter_p=0, gray_p=0, pad=max(1, size // 8), policy=policy)
+    return [recipe] * args.views
+
+
+# S004: appendix A. Learning rates are for the batch they stand beside, without scaling.
+SIMCLR_LIKE = {"augment": "simaugment", "color_strength": 1.0, "crop_min": 0.08, "blur": 0.5}
+PRESETS = {
+    "default": {
+        "augment": "autoaugment",  # A.1
+        "temperature": 0.1,  # A.1
+        "k1": 5000.0,  # A.1, CIFAR-10
+        "k2": 1.0,  # A.1
+        "hidden_dim": 512,  # 5.1, ResNet-18
+        "dim": 128,  # 5.1
+        "optimizer": "sgd",  # A.1
+        "lr": 0.1,  # A.1, CIFAR-10
+        "lr_scaling": "none",
+        "weight_decay": 1e-4,  # A.1
+        "warmup_epochs": 0,
+        "epochs": 100,  # A.1
+        "batch_size": 64,  # A.1: 128 views
+    },
+    "self_supervised": {
+        **SIMCLR_LIKE,  # A.3: as SimCLR in solo-learn
+        "views": 3,  # 4.2
+        "temperature": 0.2,  # solo-learn's SimCLR
+        "k1": 1.0,  # A.3
+        "k2": 1.5,  # A.3
+        "hidden_dim": 2048,  # A.3
+        "dim": 256,  # A.3
+        "optimizer": "adam",  # as our SimCLR; A.3: LARS, clipped, lr .5, weight decay 1e-4
+        "lr": 1e-3,
+        "weight_decay": 1e-6,
+        "warmup_epochs": 10,  # solo-learn
+        "epochs": 200,  # A.3: 1000
+        "batch_size": 256,  # A.3
+    },
+    "cifar10": {},
+    "cifar100": {"lr": 0.2, "k1": 4000.0, "batch_size": 128},  # A.1, 256 views
+    "cifar100 self_supervised": {"lr": 1e-3, "k1": 1.0, "batch_size": 256},  # A.3
+    "fashion_mnist": {"augment": "crop_flip", "lr": 0.09},  # A.1
+    "stl10": {"image_size": 96},
+    "tiny_imagenet": {"image_size": 64, "lr": 0.2, "k1": 4000.0, "batch_size": 128},  # as CIFAR-100
+    "tiny_imagenet self_supervised": {"lr": 1e-3, "k1": 1.0, "batch_size": 256},
+    "imagenet100": {"image_size": 224, "lr": 0.3, "k1": 4000.0, "batch_size": 128},  # A.1
+    "imagenet100 supcon": {"lr": 0.2},  # A.1
+    "imagenet100 self_supervised": {
+        "hidden_dim": 4096,  # A.3
+        "lr": 1e-3,
+        "k1": 1.0,
+        "epochs": 400,  # A.3
+        "batch_size": 256,  # A.3
+    },
+    "imagenet": {"image_size": 224, "lr": 0.3, "k1": 4000.0, "batch_size": 128},  # as ImageNet-100
+    "imagenet self_supervised": {"hidden_dim": 4096, "lr": 1e-3, "k1": 1.0, "batch_size": 256},
+    "shapes": {  # ours: seconds an epoch on two cores
+        "augment": "simaugment",
+        "color_strength": 0.5,
+        "crop_min": 0.4,  # what a shape is can only be told from most of it
+        "blur": 0.0,
+        "epochs": 8,
+        "batch_size": 128,
+        "stem": "imagenet",
+        "optimizer": "adamw",
+        "lr": 1e-3,
+        "knn_every": 4,
+    },
+    "shapes self_supervised": {"lr_scaling": "none", "epochs": 6},  # three views
+}
+
+
+def main():
+    parser, weight = common.base_parser(__doc__), common.number(float, 0)
+    losses, augments = (
+        ("supcon", "tcl", "cross_entropy"),
+        ("autoaugment", "crop_flip", "simaugment"),
+    )
+    parser.add_argument("--loss", choices=losses, default="supcon", help="see above")
+    parser.add_argument("--self-supervised", action="store_true", help="use no labels")
+    parser.add_argument("--augment", choices=augments, default="autoaugment", help="kind of views")
+    parser.add_argument("--temperature", type=common.positive, default=0.1, help="tau")
+    parser.add_argument("--k1", type=weight, default=5000.0, help="pull of hard positives, TCL")
+    parser.add_argument("--k2", type=weight, default=1.0, help="push of negatives, TCL")
+    parser.add_argument("--hidden-dim", type=common.count, default=512, help="of the projector")
+    parser.add_argument("--dim", type=common.count, default=128, help="of the projections, D")
+    args = common.parse_args(parser, PRESETS, "loss", "self_supervised")
+    supervised = not args.self_supervised
+    needless = f"--loss {args.loss} needs the labels that --self-supervised leaves out"
+    common.check(supervised or args.loss != "cross_entropy", needless)
+    name = args.loss if supervised else f"{args.loss}_self_supervised"
+    data = common.prepare(args, name)
+    missing = "there are images without labels: add --self-supervised"
+    common.check(not supervised or data.pretrain.labels.min() >= 0, missing)
+    print(f"labels of the training images: {'USED' if supervised else 'not used'}")
+    backbone, heads = common.resnet(args.arch, args.stem), (args.hidden_dim, args.dim)
+    knobs = args.temperature, args.k1, args.k2, args.self_supervised
+    model = SupConTCL(backbone, len(data.classes), args.loss, *heads, *knobs)
+    common.train(name, model, data, make_recipes(args, data.size), args)
+
+
+if __name__ == "__main__":
+    common.run(main)
