@@ -97,7 +97,8 @@ class BYOL(nn.Module):
     @staticmethod
     def both_ways_loss(p, z):
         """byol_loss without its detach, for --ablate stop-gradient."""
-        return (2 - 2 * F.cosine_similarity(p.float(), z.float())).mean()
+        dtype = torch.promote_types(p.dtype, torch.float32)
+        return (2 - 2 * F.cosine_similarity(p.to(dtype), z.to(dtype))).mean()
 
     @torch.no_grad()
     def after_step(self, progress):

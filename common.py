@@ -38,6 +38,7 @@ import torchvision.transforms.functional as TF
 from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms import AutoAugmentPolicy
+from torchvision.transforms.v2 import functional as ops
 
 # --------------------------------------------------------------------------------------------------
 # Bad input, files, random numbers
@@ -632,7 +633,7 @@ UNSIGNED = ("Posterize", "Solarize", "AutoContrast", "Equalize", "Invert")
 
 def apply_operation(images, name, strength):
     """One of AutoAugment's operations, its strength from -1 to 1 of torchvision's largest."""
-    ops, (height, width) = torchvision.transforms.v2.functional, images.shape[-2:]
+    height, width = images.shape[-2:]
     if name in ("Brightness", "Color", "Contrast", "Sharpness"):
         adjust = {"Brightness": ops.adjust_brightness, "Color": ops.adjust_saturation}
         adjust |= {"Contrast": ops.adjust_contrast, "Sharpness": ops.adjust_sharpness}
@@ -729,11 +730,8 @@ class Augment:
         x, box = images.float() / 255, (d["top"], d["left"], d["height"], d["width"])
         x = resized_crop(x, *box, self.size, d["flip"]).clamp(0, 1)
         if self.recipes[0].policy:
-            drawn, pixels = (
-                [d[key] for key in ("chosen", "chance", "sign")],
-                (x * 255).round().byte(),
-            )
-            x = auto_augment(pixels, self.recipes[0].policy, *drawn).float() / 255
+            drawn = [d[key] for key in ("chosen", "chance", "sign")]
+            x = auto_augment((x * 255).round().byte(), self.recipes[0].policy, *drawn).float() / 255
         if any(r.jitter_p for r in self.recipes):
             x = color_jitter(x, *(d[key] for key in (*FACTORS, "hue", "order")))
         if any(r.gray_p for r in self.recipes):
@@ -999,7 +997,7 @@ class MutualInformation(nn.Module):
     lbe  subtract lower_bound_estimate over all views together, with noise on h
     ip   add the squared distance of the two views' h: drops what the views do not share
     mib  the same with noise on h
-    S002 prints ip and mib alike; the noise, which the method's heads receive too, is the difference.
+    S002 prints ip and mib alike. The difference is the noise, which the method's heads get too.
     With images of at most 64 pixels lbe is a weighted sum over three depths, as in InfoCL's code.
     Evaluation never sees the noise: it comes in train mode alone."""
 
@@ -1123,7 +1121,7 @@ def base_parser(description):
     p.add_argument("--color-strength", type=number(float, 0, 4), default=1.0, help="of the jitter")
     p.add_argument("--crop-min", type=number(float, 1e-3, 1), default=0.08, help="share of area")
     p.add_argument("--blur", type=fraction, default=0.0, help="probability of Gaussian blur")
-    p.add_argument("--increase-mi", choices=tuple(MI_WEIGHTS), help="S002: add RC or LBE, or IP, MIB")
+    p.add_argument("--increase-mi", choices=tuple(MI_WEIGHTS), help="ip, mib decrease it (S002)")
     p.add_argument("--mi-weight", type=number(float, 0), help="default: 1 rc, lbe; 5e-4 ip, mib")
     p.add_argument("--out", help="folder of the run (default: runs/METHOD_DATASET_ARCH)")
     p.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")

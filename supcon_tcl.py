@@ -116,7 +116,8 @@ class SupConTCL(nn.Module):
             y = torch.arange(len(views[0]), device=z.device)
         y = y.repeat(len(views))  # [VB]
         if self.loss == "cross_entropy":
-            return F.cross_entropy(z.float(), y), {"top1": (z.argmax(1) == y).float().mean()}
+            z = z.to(torch.promote_types(z.dtype, torch.float32))
+            return F.cross_entropy(z, y), {"top1": (z.argmax(1) == y).float().mean()}
         if self.loss == "tcl":
             return tcl_loss(z, y, self.temperature, self.k1, self.k2), {}
         return supcon_loss(z, y, self.temperature), {}
