@@ -610,14 +610,14 @@ def auto_augment(images, policy, chosen, chance, sign):
     """AutoAugment (Cubuk et al. 2018): torchvision's policy and operations, with the draws given.
 
     images: uint8 [N, 3, H, W]. policy: "cifar10", "imagenet" or "svhn". chosen: [N] sub-policy of
-    each image; chance: [N, 2] in [0, 1), its operation happens where chance < probability; sign:
+    each image; chance: [N, 2] in [0, 1), an operation is done where chance <= probability; sign:
     bool [N, 2], a negative magnitude; the last three on the CPU, so that nobody waits for the
     device. The images that drew the same pass through an operation together."""
     policies = torchvision.transforms.AutoAugment(AutoAugmentPolicy(policy)).policies
     images = images.clone()
     for i, pair in enumerate(policies):
         for stage, (name, probability, level) in enumerate(pair):
-            wanted = (chosen == i) & (chance[:, stage] < probability)
+            wanted = (chosen == i) & (chance[:, stage] <= probability)
             signs = (False,) if name in UNSIGNED else (False, True)
             for negative in signs:
                 same = wanted if len(signs) == 1 else wanted & (sign[:, stage] == negative)

@@ -46,6 +46,7 @@ def load_encoder(path, **overrides):
         weights = saved.get("state_dict")
         if weights is None:  # checkpoint.pt: the backbone among the rest of the method
             weights, start = saved["model"], "backbone."
+            start = f"method.{start}" if f"method.{start}conv1.weight" in weights else start
             weights = {k.removeprefix(start): v for k, v in weights.items() if k.startswith(start)}
         encoder = common.resnet(info["arch"], info["stem"])
         encoder.load_state_dict(weights)

@@ -117,10 +117,12 @@ class SupConTCL(nn.Module):
         y = y.repeat(len(views))  # [VB]
         if self.loss == "cross_entropy":
             z = z.to(torch.promote_types(z.dtype, torch.float32))
-            return F.cross_entropy(z, y), {"top1": (z.argmax(1) == y).float().mean()}
-        if self.loss == "tcl":
-            return tcl_loss(z, y, self.temperature, self.k1, self.k2), {}
-        return supcon_loss(z, y, self.temperature), {}
+            loss = F.cross_entropy(z, y)
+        elif self.loss == "tcl":
+            loss = tcl_loss(z, y, self.temperature, self.k1, self.k2)
+        else:
+            loss = supcon_loss(z, y, self.temperature)
+        return loss, {"labels_used": torch.tensor(float(not self.self_supervised))}
 
 
 def make_recipes(args, size):

@@ -310,6 +310,93 @@ def test_augment_equals_torchvision_with_the_same_draws(shape, size, kernel_size
     ] * 3
 
 
+class GivenAutoAugment(torchvision.transforms.AutoAugment):
+    """torchvision's own class, with one image's draw in place of its own."""
+
+    def get_params(self, _):
+        return self.drawn
+
+
+@pytest.mark.parametrize("policy", ["cifar10", "imagenet"])
+@pytest.mark.parametrize("shape", [(32, 32), (20, 28)])
+def test_auto_augment_equals_torchvision_with_the_same_draws(shape, policy):
+    """Every sub-policy, each of its operations with and without, both signs: image by image."""
+    chosen = torch.arange(25).repeat_interleave(16)
+    bits = torch.arange(16).repeat(25)
+    chance = torch.stack([bits % 2, bits // 2 % 2], 1) * 0.9999
+    sign = torch.stack([bits // 4 % 2, bits // 8 % 2], 1).bool()
+    images = noise_bytes(400, *shape)
+    images[::3] = images[::3] // 2 + 20  # some that are not spread over all values
+    before, mixed = images.clone(), torch.randperm(400, generator=rng())
+    given = [x[mixed] for x in (images, chosen, chance, sign)]
+    result = torch.empty_like(images)
+    result[mixed] = common.auto_augment(given[0], policy, *given[1:])
+    assert torch.equal(images, before) and result.dtype == torch.uint8
+    reference = GivenAutoAugment(torchvision.transforms.AutoAugmentPolicy(policy))
+    for i in range(400):
+        reference.drawn = int(chosen[i]), chance[i], 1 - sign[i].int()  # there, 0 is negative
+        # The same but for rounding: torchvision has these operations twice, and takes v1's.
+        differs = (result[i].int() - reference(images[i]).int()).abs()
+        far = (differs > 5).double().mean()  # beyond a threshold, or equalised apart
+        assert (differs > 1).double().mean() < 0.1 and far < 2e-3, (chosen[i], bits[i])
+    assert (result != images).flatten(1).any(1).double().mean() > 0.4
+
+
+def test_auto_augment_draws():
+    n = 4000
+    augment = common.Augment(
+        [Recipe(jitter_p=0, gray_p=0, pad=4, policy="cifar10")] * 2, 32, MEAN, STD
+    )
+    d = augment.draw(n, 40, 40, rng())
+    assert all(len(value) == 2 * n for value in d.values())
+    assert {d[key].device.type for key in ("chosen", "chance", "sign")} == {"cpu"}
+    counts = d["chosen"].bincount()
+    assert len(counts) == 25 and 0.7 * n / 12.5 < counts.min() and counts.max() < 1.3 * n / 12.5
+    assert 0 <= d["chance"].min() and d["chance"].max() < 1
+    assert d["chance"].mean() == pytest.approx(0.5, abs=0.02)
+    assert d["sign"].double().mean() == pytest.approx(0.5, abs=0.02)
+    again = augment.draw(n, 40, 40, rng())
+    assert all(torch.equal(d[key], again[key]) for key in d)
+    other = augment.draw(n, 40, 40, rng(1))
+    assert not torch.equal(d["chosen"], other["chosen"])
+
+
+@pytest.mark.parametrize("policy", ["", "cifar10"])
+def test_padded_crops(policy):
+    """torchvision's RandomCrop(32, padding=4) and flip, of which each place is as likely."""
+    images = noise_bytes(300, 32)
+    recipe = Recipe(jitter_p=0, gray_p=0, pad=4, policy=policy)
+    augment = common.Augment([recipe] * 2, 32, MEAN, STD)
+    views, d = torch.cat(augment(images, rng(2))), augment.draw(300, 40, 40, rng(2))
+    padded = torch.nn.functional.pad(images, (4,) * 4).repeat(2, 1, 1, 1)
+    reference = GivenAutoAugment(torchvision.transforms.AutoAugmentPolicy.CIFAR10)
+    for i in range(0, 600, 7):
+        top, left = int(d["top"][i]), int(d["left"][i])
+        crop = padded[i, :, top : top + 32, left : left + 32]
+        crop = TF.hflip(crop) if d["flip"][i] else crop
+        if policy:
+            reference.drawn = int(d["chosen"][i]), d["chance"][i], 1 - d["sign"][i].int()
+            crop = reference(crop)
+        slack = 5 / 255 / min(STD) if policy else 1e-5  # rounding, see above
+        close(views[i], TF.normalize(crop / 255, MEAN, STD), atol=slack)
+    for name in "top", "left":
+        counts = d[name].bincount(minlength=9)
+        assert len(counts) == 9 and counts.min() > 30  # of 600, 67 each
+
+
+def test_policy_on_crops_from_workers():
+    crops = noise_bytes(6 * 2, 16).view(6, 2, 3, 16, 16)
+    recipe = Recipe(jitter_p=0, gray_p=0, pad=2, policy="cifar10")
+    augment = common.Augment([recipe] * 2, 16, MEAN, STD)
+    views, d = augment(crops, rng()), augment.draw(6, 20, 20, rng())
+    for v, b in itertools.product(range(2), range(6)):
+        i = 6 * v + b
+        crop = TF.hflip(crops[b, v]) if d["flip"][i] else crops[b, v]
+        drawn = [d[key][i : i + 1] for key in ("chosen", "chance", "sign")]
+        expected = common.auto_augment(crop[None], "cifar10", *drawn)[0]
+        close(views[v][b], TF.normalize(expected / 255, MEAN, STD), atol=1e-5)
+
+
 def test_images_that_workers_have_cropped_keep_their_crops():
     """[B, V, 3, S, S]: view v of image b is crop v of image b, mirrored or not."""
     crops = noise_bytes(6 * 3, 16).view(6, 3, 3, 16, 16)
