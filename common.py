@@ -859,9 +859,9 @@ def make_optimizer(model, args):
     if args.optimizer == "lars":
         return LARS(groups, args.scaled_lr, args.momentum)
     if args.optimizer == "sgd":
-        return torch.optim.SGD(groups, args.scaled_lr, args.momentum, foreach=True)
+        return torch.optim.SGD(groups, args.scaled_lr, args.momentum, fused=True)
     adam = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[args.optimizer]
-    return adam(groups, args.scaled_lr, foreach=True)
+    return adam(groups, args.scaled_lr, fused=True)
 
 
 def learning_rate(step, total, warmup, base, final=0.0):
