@@ -338,9 +338,9 @@ SHAPES = [f"{texture} {FIGURES[i % 5]}" for i, texture in enumerate(TEXTURES)]
 def shapes(count: int, split: str, size: int = 32) -> dict:
     """`count` images of ten classes, drawn: five figures, each with two textures of its own.
 
-    Place, size, rotation, the pitch and two tones of the texture, the two tones of the background,
-    tints and noise change from image to image and say nothing of the class, so that likeness of
-    pixels helps little. The same images for the same count and split, everywhere. Returns
+    Place, size, the pitch and two tones of the texture, the two tones of the background, tints, a
+    little rotation and noise change from image to image and say nothing of the class, so that
+    likeness of pixels helps little. The same images for the same count and split, everywhere. Returns
     {"images": uint8 [N, 3, size, size], "labels": int64 [N]}."""
     rng = generator(0, f"shapes {split}", count)
     labels = torch.randperm(count, generator=rng) % len(SHAPES)
@@ -356,7 +356,8 @@ def draw_shapes(labels, size, rng):
         return torch.rand(count, *(shape or (1, 1)), generator=rng) * (high - low) + low
 
     axis = (torch.arange(2 * size) + 0.5) / size - 1  # drawn at twice the size, then averaged
-    radius, turn, tilt, pitch = uniform(0.75, 1.1), uniform(0, tau), uniform(0, tau), uniform(9, 16)
+    radius, pitch = uniform(0.75, 1.1), uniform(9, 16)
+    turn, tilt = uniform(-0.3, 0.3), uniform(-0.3, 0.3)
     x = axis[None, None, :] - uniform(-0.25, 0.25)
     y = axis[None, :, None] - uniform(-0.25, 0.25)
     u = (x * turn.cos() + y * turn.sin()) / radius  # [N, 2 size, 2 size], in the figure's frame
