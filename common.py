@@ -340,8 +340,8 @@ def shapes(count: int, split: str, size: int = 32) -> dict:
 
     Place, size, the pitch and two tones of the texture, the two tones of the background, tints, a
     little rotation and noise change from image to image and say nothing of the class, so that
-    likeness of pixels helps little. The same images for the same count and split, everywhere. Returns
-    {"images": uint8 [N, 3, size, size], "labels": int64 [N]}."""
+    likeness of pixels helps little. The same images for the same count and split, everywhere.
+    Returns {"images": uint8 [N, 3, size, size], "labels": int64 [N]}."""
     rng = generator(0, f"shapes {split}", count)
     labels = torch.randperm(count, generator=rng) % len(SHAPES)
     images = [draw_shapes(part, size, rng) for part in labels.split(500)]  # to spare memory
