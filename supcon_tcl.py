@@ -15,9 +15,7 @@ Loss, for the anchor i, its positives P(i), its negatives N(i), all among the ot
                                D_i = sum_{P(i)} exp(z_i.z_p / tau) + sum_{N(i)} exp(z_i.z_n / tau)
     TCL (S004 eq. 4.2-4.3)     D_i = sum_{P(i)} exp(z_i.z_p / tau) + k1 sum_{P(i)} exp(-z_i.z_p)
                                      + k2 sum_{N(i)} exp(z_i.z_n / tau)
-    loss = mean of l_i over the anchors that have a positive
-
-The k1 term has no temperature. S004 asks for k1, k2 >= 1; k1 = 0, k2 = 1 is SupCon.
+    loss = mean of l_i over the anchors that have a positive; k1 = 0, k2 = 1 is SupCon
 
 Notation: z -> z, tau -> temperature, P(i) -> positive, N(i) -> negative, I -> the M = VB views.
 
@@ -29,11 +27,10 @@ Differences
     tau / .07. solo-learn's "SupCon" sums the positives inside the log (L_in). Here: L_out, plain.
  2. The released TCL code divides by the denominator of the positive's row, not of the anchor's;
     the mean over the batch is the same because positives are symmetric. Here: the anchor's.
- 3. An anchor without a positive is left out of the mean. Released TCL: NaN.
+ 3. An anchor without a positive is left out of the mean. Released TCL: NaN. S004: k1, k2 >= 1.
  4. --batch-size counts images. S004's tables count views: its 128 are 64 images of two views.
  5. Self-supervised TCL is in no released code. S004 does not name its temperature; solo-learn's
     SimCLR, with whose settings S004 A.3 compares, has .2. Its clipped LARS is replaced by Adam.
- 6. S004's released linear stage lets the batch-norm statistics of the frozen encoder move.
 """
 
 import math
@@ -76,14 +73,10 @@ def tcl_loss(
         sim, itself = cosine / temperature, torch.eye(len(z), dtype=torch.bool, device=z.device)
         positive, negative = (y[:, None] == y) & ~itself, y[:, None] != y
         log_k1, log_k2 = (math.log(k) if k > 0 else -math.inf for k in (k1, k2))
-        summands = torch.cat(  # [M, 3M], the logarithms of what D_i adds up
-            [
-                sim.masked_fill(~positive, -math.inf),
-                (log_k1 - cosine).masked_fill(~positive, -math.inf),  # Paper: no temperature
-                (log_k2 + sim).masked_fill(~negative, -math.inf),
-            ],
-            dim=1,
-        )
+        pulled = sim.masked_fill(~positive, -math.inf)
+        hard = (log_k1 - cosine).masked_fill(~positive, -math.inf)  # Paper: no temperature
+        pushed = (log_k2 + sim).masked_fill(~negative, -math.inf)
+        summands = torch.cat([pulled, hard, pushed], 1)  # [M, 3M], the logs of what D_i adds up
         count = positive.sum(1, keepdim=True)  # [M, 1], |P(i)|
         log_d = summands.masked_fill(count == 0, 0.0).logsumexp(1, keepdim=True)
         per_anchor = -((sim - log_d) * positive).sum(1, keepdim=True) / count.clamp(min=1)
@@ -125,6 +118,10 @@ class SupConTCL(nn.Module):
         return loss, {"labels_used": torch.tensor(float(not self.self_supervised))}
 
 
+LOSSES = ("supcon", "tcl", "cross_entropy")
+AUGMENTS = ("autoaugment", "crop_flip", "simaugment")
+
+
 def make_recipes(args, size):
     """--augment: autoaugment (S004 A.1: crop after padding by an eighth, flip, the CIFAR policy),
     crop_flip (S004 A.1, Fashion-MNIST), simaugment (SimCLR's, its strength and crops by flags)."""
@@ -136,7 +133,7 @@ def make_recipes(args, size):
 
 
 # S004: appendix A. Learning rates are for the batch they stand beside, without scaling.
-SIMCLR_LIKE = {"augment": "simaugment", "color_strength": 1.0, "crop_min": 0.08, "blur": 0.5}
+WIDE = {"hidden_dim": 4096, "lr": 1e-3, "k1": 1.0, "batch_size": 256}  # A.3, ImageNet-100
 PRESETS = {
     "default": {
         "augment": "autoaugment",  # A.1
@@ -154,7 +151,8 @@ PRESETS = {
         "batch_size": 64,  # A.1: 128 views
     },
     "self_supervised": {
-        **SIMCLR_LIKE,  # A.3: as SimCLR in solo-learn
+        "augment": "simaugment",  # A.3: as SimCLR in solo-learn
+        "blur": 0.5,  # A.3
         "views": 3,  # 4.2
         "temperature": 0.2,  # solo-learn's SimCLR
         "k1": 1.0,  # A.3
@@ -177,15 +175,9 @@ PRESETS = {
     "tiny_imagenet self_supervised": {"lr": 1e-3, "k1": 1.0, "batch_size": 256},
     "imagenet100": {"image_size": 224, "lr": 0.3, "k1": 4000.0, "batch_size": 128},  # A.1
     "imagenet100 supcon": {"lr": 0.2},  # A.1
-    "imagenet100 self_supervised": {
-        "hidden_dim": 4096,  # A.3
-        "lr": 1e-3,
-        "k1": 1.0,
-        "epochs": 400,  # A.3
-        "batch_size": 256,  # A.3
-    },
-    "imagenet": {"image_size": 224, "lr": 0.3, "k1": 4000.0, "batch_size": 128},  # as ImageNet-100
-    "imagenet self_supervised": {"hidden_dim": 4096, "lr": 1e-3, "k1": 1.0, "batch_size": 256},
+    "imagenet100 self_supervised": WIDE | {"epochs": 400},  # A.3
+    "imagenet": {"image_size": 224, "lr": 0.3, "k1": 4000.0, "batch_size": 128},  # the same
+    "imagenet self_supervised": WIDE,
     "shapes": {  # ours: seconds an epoch on two cores
         "augment": "simaugment",
         "color_strength": 0.5,
@@ -198,19 +190,15 @@ PRESETS = {
         "lr": 1e-3,
         "knn_every": 4,
     },
-    "shapes self_supervised": {"lr_scaling": "none", "epochs": 6},  # three views
+    "shapes self_supervised": {"epochs": 6},  # three views
 }
 
 
 def main():
     parser, weight = common.base_parser(__doc__), common.number(float, 0)
-    losses, augments = (
-        ("supcon", "tcl", "cross_entropy"),
-        ("autoaugment", "crop_flip", "simaugment"),
-    )
-    parser.add_argument("--loss", choices=losses, default="supcon", help="see above")
+    parser.add_argument("--loss", choices=LOSSES, default="supcon", help="see above")
     parser.add_argument("--self-supervised", action="store_true", help="use no labels")
-    parser.add_argument("--augment", choices=augments, default="autoaugment", help="kind of views")
+    parser.add_argument("--augment", choices=AUGMENTS, default="autoaugment", help="kind of views")
     parser.add_argument("--temperature", type=common.positive, default=0.1, help="tau")
     parser.add_argument("--k1", type=weight, default=5000.0, help="pull of hard positives, TCL")
     parser.add_argument("--k2", type=weight, default=1.0, help="push of negatives, TCL")
