@@ -118,7 +118,7 @@ class CARLCARP(nn.Module):
         self.after_step(0.0)
 
     def forward(self, views, y=None):
-        """views: V of [B, 3, H, W], in one batch (listing 2); y: not used. Returns (loss, terms)."""
+        """views: V of [B, 3, H, W], passed as one batch; y: not used. Returns (loss, terms)."""
         scores = self.prototypes(self.projector(self.backbone(torch.cat(list(views)))))  # [VB, K]
         pairs = list(itertools.combinations(scores.chunk(len(views)), 2))
         partition = torch.randperm(scores.shape[1], device=scores.device)  # S001 6.3: at every step
@@ -173,10 +173,8 @@ PRESETS = {
     "cifar100": {"num_prototypes": 300},  # S001
     "stl10": {"num_prototypes": 300, "kl_start": 2.0, "kl_end": 1.0, "image_size": 96},  # S001
     "tiny_imagenet": {"num_prototypes": 3000, "image_size": 64},  # S001, ImageNet at 64 pixels
-    "imagenet100": IMAGENET,
-    "imagenet": IMAGENET,
-    "imagenet100 carp": CARP_IMAGENET,
-    "imagenet carp": CARP_IMAGENET,
+    **dict.fromkeys(["imagenet100", "imagenet"], IMAGENET),
+    **dict.fromkeys(["imagenet100 carp", "imagenet carp"], CARP_IMAGENET),
     "shapes": {  # ours: seconds an epoch on two cores
         "epochs": 10,
         "batch_size": 128,
@@ -200,9 +198,7 @@ def main():
     parser.add_argument("--kl-start", type=weight, default=4.0, help="lambda_e at first, b")
     parser.add_argument("--kl-end", type=weight, default=1.5, help="lambda_e at last, a")
     parser.add_argument("--kl-decay", type=common.fraction, default=0.5, help="share of the run, E")
-    parser.add_argument(
-        "--hidden-dim", type=common.count, default=512, help="of the heads, S001 512"
-    )
+    parser.add_argument("--hidden-dim", type=common.count, default=512, help="of the heads")
     parser.add_argument("--dim", type=common.count, default=128, help="of z, D, S001 128")
     parser.add_argument("--ablate", choices=("kl",), help="see it collapse")
     args = common.parse_args(parser, PRESETS, "method")

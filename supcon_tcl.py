@@ -84,10 +84,9 @@ def tcl_loss(
 
 
 class SupConTCL(nn.Module):
-    """views -> backbone -> h -> head -> z -> loss. Afterwards h is used, z thrown away.
-
-    loss: "supcon", "tcl" or "cross_entropy", for which the head is a linear classifier.
-    self_supervised: the views of an image are its positives; labels are not read."""
+    """views -> backbone -> h -> head -> z -> loss ("supcon", "tcl", or "cross_entropy", for which the
+    head is a linear classifier). self_supervised: an image's views are its positives, y is not read.
+    """
 
     def __init__(
         self, backbone, num_classes, loss="supcon", hidden_dim=512, dim=128,
@@ -102,8 +101,7 @@ class SupConTCL(nn.Module):
         self.temperature, self.k1, self.k2 = temperature, k1, k2
 
     def forward(self, views, y):
-        """views: V of [B, 3, H, W]; y: [B] classes, not read if self_supervised. Returns (loss,
-        terms). All views pass in one batch, as in SupContrast."""
+        """views: V of [B, 3, H, W], passed as one batch; y: [B]. Returns (loss, terms)."""
         z = self.head(self.backbone(torch.cat(list(views))))  # [VB, D], or scores of the classes
         if self.self_supervised:
             y = torch.arange(len(views[0]), device=z.device)
