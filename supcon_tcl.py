@@ -84,9 +84,9 @@ def tcl_loss(
 
 
 class SupConTCL(nn.Module):
-    """views -> backbone -> h -> head -> z -> loss ("supcon", "tcl", or "cross_entropy", for which the
-    head is a linear classifier). self_supervised: an image's views are its positives, y is not read.
-    """
+    """views -> backbone -> h -> head -> z -> loss.
+
+    self_supervised: the views of an image are its positives, and y is not read."""
 
     def __init__(
         self, backbone, num_classes, loss="supcon", hidden_dim=512, dim=128,
