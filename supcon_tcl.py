@@ -84,7 +84,7 @@ def tcl_loss(
 
 
 class SupConTCL(nn.Module):
-    """views -> backbone -> h -> head -> z -> loss. self_supervised: y is the image, not its class."""
+    """views -> backbone -> h -> head -> z -> loss. self_supervised: y is not read."""
 
     def __init__(
         self, backbone, num_classes, loss="supcon", hidden_dim=512, dim=128,
