@@ -27,7 +27,8 @@ Differences
     the mean. Here, as in facebookresearch/barlowtwins main.py: biased variance with 1e-5 inside
     the root, product divided by the batch.
  2. The official code divides by the nominal batch size. Here: by that of the tensor.
- 3. solo-learn multiplies the loss by 0.1 on CIFAR (--loss-scale). Adam and LARS hardly notice.
+ 3. solo-learn multiplies the loss by 0.1 on CIFAR (--loss-scale). Adam hardly notices; LARS does in
+    biases and norms, which it does not adapt.
  4. Each view passes through the networks by itself, as in the official code: the two are not
     augmented alike.
  5. Optimiser on small images: see PRESETS. Paper: LARS, batch 2048, with a smaller learning rate
@@ -38,12 +39,14 @@ Differences
 import itertools
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import common
 
 
-def barlow_twins_loss(z1: Tensor, z2: Tensor, off_diag_weight: float = 0.0051) -> Tensor:
+def barlow_twins_loss(
+    z1: torch.Tensor, z2: torch.Tensor, off_diag_weight: float = 0.0051
+) -> torch.Tensor:
     """How far the cross-correlation matrix is from the identity, summed over its D^2 entries.
 
     z1, z2: [B, D] projections, not normalised. off_diag_weight: lambda (official .0051, for D =
@@ -72,7 +75,8 @@ class BarlowTwins(nn.Module):
         self.off_diag_weight, self.loss_scale = off_diag_weight, loss_scale
 
     def forward(self, views, y=None):
-        """views: V of [B, 3, H, W]; y: [B], not used. Returns (loss, terms)."""
+        """views: V of [B, 3, H, W]; y: [B], not used. Returns (loss, terms), the terms before
+        loss_scale."""
         z = [self.projector(self.backbone(x)) for x in views]  # V of [B, D]
         pairs = list(itertools.combinations(z, 2))
         loss = sum(barlow_twins_loss(z1, z2, self.off_diag_weight) for z1, z2 in pairs) / len(pairs)
@@ -88,10 +92,10 @@ IMAGENET = {
     "color_strength": 1.0,  # official
     "blur": 1.0,  # official: view 1 always, view 2 a tenth
     "optimizer": "lars",  # official
-    "lr": 0.2,  # official; ours for all tensors, theirs .0048 for biases and norms
+    "lr": 0.2,  # official
     "weight_decay": 1e-6,  # official
     "image_size": 224,
-    "loss_scale": 1.0,
+    "loss_scale": 0.024,  # .0048 / .2: biases and norms get the official rate, LARS hides the rest
 }
 PRESETS = {
     "default": {
@@ -114,7 +118,7 @@ PRESETS = {
     "imagenet100": IMAGENET
     | {"lr": 0.3, "loss_scale": 0.1, "epochs": 400, "batch_size": 256},  # solo; its LARS is clipped
     "imagenet": IMAGENET
-    | {"hidden_dim": 8192, "dim": 8192, "epochs": 1000, "batch_size": 2048},  # official
+    | {"arch": "resnet50", "hidden_dim": 8192, "dim": 8192, "epochs": 1000, "batch_size": 2048},
     "shapes": {  # ours: seconds an epoch on two cores
         "epochs": 8,
         "batch_size": 128,

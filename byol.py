@@ -40,12 +40,12 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 import common
 
 
-def byol_loss(p1: Tensor, z2_target: Tensor) -> Tensor:
+def byol_loss(p1: torch.Tensor, z2_target: torch.Tensor) -> torch.Tensor:
     """One direction: the mean over images of 2 - 2 cos(p1, z2_target), from 0 to 4.
 
     p1: [B, D] predictions from view 1; z2_target: [B, D] the target's projections of view 2;
@@ -138,13 +138,8 @@ PRESETS = {
     "stl10": {"batch_size": 256, "blur": 1.0, "image_size": 96},  # InfoCL's batch, deepmind's blur
     "tiny_imagenet": {"image_size": 64},  # htdt: as CIFAR-10
     "imagenet100": IMAGENET
-    | {
-        "lr": 0.5,
-        "hidden_dim": 8192,
-        "epochs": 400,
-        "batch_size": 256,
-    },  # solo; its LARS is clipped
-    "imagenet": IMAGENET | {"epochs": 100, "batch_size": 4096},  # deepmind
+    | {"lr": 0.5, "epochs": 400, "batch_size": 256},  # solo, whose LARS clips; its predictor: 8192
+    "imagenet": IMAGENET | {"arch": "resnet50", "epochs": 100, "batch_size": 4096},  # deepmind
     "shapes": {  # ours: seconds an epoch on two cores
         "epochs": 8,
         "batch_size": 128,

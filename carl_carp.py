@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""CARL and CARP: consistent assignment of views to prototypes, all at once or in random partitions.
+"""CARL and CARP: consistent assignment of views to prototypes, at once or in random partitions.
 T. Silva, A. Ramírez Rivera: Representation Learning via Consistent Assignment of Views to Clusters,
 2021, arXiv:2112.15421 (S001 chapter 5), and over Random Partitions, 2023, arXiv:2310.12692 (ch. 6)
 
@@ -39,16 +39,15 @@ Differences. Some of S001 does not work as printed; here is what it means.
 """
 
 import itertools
-import math
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 import common
 
 
-def carl_loss(logits1: Tensor, logits2: Tensor, kl_weight: float = 1.0) -> Tensor:
+def carl_loss(logits1: torch.Tensor, logits2: torch.Tensor, kl_weight: float = 1.0) -> torch.Tensor:
     """Consistency of the two views' assignments plus kl_weight times the KL to uniform use.
 
     logits1, logits2: [B, K] scores of the prototypes; no temperature, nothing normalised. Returns a
@@ -61,18 +60,19 @@ def carl_loss(logits1: Tensor, logits2: Tensor, kl_weight: float = 1.0) -> Tenso
         # In logarithms throughout: <q1, q2> underflows where confident views disagree.
         consistency = -(log_q1 + log_q2).logsumexp(1).mean()
         log_q = torch.cat([log_q1, log_q2])  # [2B, K]
-        log_mean = log_q.logsumexp(0) - math.log(len(log_q))  # [K]
-        kl = math.log(log_q.shape[1]) + (log_mean.exp() * log_mean).sum()
+        n, k = (log_q.new_full((), size).log() for size in log_q.shape)  # log 2B, log K
+        log_mean = log_q.logsumexp(0) - n  # [K]
+        kl = k + (log_mean.exp() * log_mean).sum()
         return consistency + kl_weight * kl
 
 
 def carp_loss(
-    logits1: Tensor,
-    logits2: Tensor,
+    logits1: torch.Tensor,
+    logits2: torch.Tensor,
     num_blocks: int,
     kl_weight: float = 1.0,
-    permutation: Tensor | None = None,
-) -> Tensor:
+    permutation: torch.Tensor | None = None,
+) -> torch.Tensor:
     """carl_loss within each of num_blocks blocks of prototypes, averaged over the blocks.
 
     logits1, logits2: [B, K], K a multiple of num_blocks (else ValueError). permutation: int64 [K],
@@ -92,8 +92,9 @@ def carp_loss(
         )  # [B, N_P, N_B]
         consistency = -(log_q1 + log_q2).logsumexp(2).mean()  # over images and blocks: 1 / (B N_P)
         log_q = torch.cat([log_q1, log_q2])  # [2B, N_P, N_B]
-        log_mean = log_q.logsumexp(0) - math.log(len(log_q))  # [N_P, N_B]
-        kl = math.log(block) + (log_mean.exp() * log_mean).sum(1)  # [N_P], each of them >= 0
+        n, _, nb = (log_q.new_full((), size).log() for size in log_q.shape)  # log 2B, log N_B
+        log_mean = log_q.logsumexp(0) - n  # [N_P, N_B]
+        kl = nb + (log_mean.exp() * log_mean).sum(1)  # [N_P], each of them >= 0
         return consistency + kl_weight * kl.mean()
 
 
@@ -144,18 +145,20 @@ class CARLCARP(nn.Module):
 
 
 # S001: chapters 5.6-5.8 (CARL) and 6.5 (CARP).
-IMAGENET = {  # S001 6.5
+IMAGENET = {  # S001 6.5, which is CARP's; for CARL there is none
+    "arch": "resnet50",
     "num_prototypes": 3000,
-    "crop_min": 0.15,  # listing 3, whose largest crop is .925; here 1
-    "blur": 0.5,  # 6.5.3; listing 3: view 1 always, view 2 a tenth and solarised
+    "crop_min": 0.15,  # listing 3: .15 to .925; text: .125 to .925; here to 1
+    "blur": 0.5,  # text; listing 3: view 1 always, view 2 a tenth and solarised. Here: symmetric
     "optimizer": "lars",
-    "lr": 5.4,  # falls to 5.4e-4; here to 0
+    "lr": 5.4,  # with batch 256, says the text; .45 * 3072 / 256, so it fits a batch of 3072
     "lr_scaling": "none",
     "warmup_epochs": 0,
     "image_size": 224,
     "hidden_dim": 2048,
 }
-CARP_IMAGENET = {"num_blocks": 12, "kl_start": 2.0, "kl_end": 0.15, "kl_decay": 0.15}  # 30 of 200
+CARP_IMAGENET = {"num_prototypes": 3000, "num_blocks": 12}  # S001 6.5
+CARP_IMAGENET |= {"kl_start": 2.0, "kl_end": 0.15, "kl_decay": 0.15}  # over 30 of 200 epochs
 PRESETS = {
     "default": {
         "num_prototypes": 100,  # S001, CIFAR-10

@@ -612,8 +612,8 @@ def auto_augment(images, policy, chosen, chance, sign):
 
     images: uint8 [N, 3, H, W]. policy: "cifar10", "imagenet" or "svhn". chosen: [N] sub-policy of
     each image; chance: [N, 2] in [0, 1), an operation is done where chance <= probability; sign:
-    bool [N, 2], a negative magnitude; the last three on the CPU, so that nobody waits for the
-    device. The images that drew the same pass through an operation together."""
+    bool [N, 2], a negative magnitude; the last three on the CPU, so that the groups are known
+    without asking the device. The images that drew the same pass through an operation together."""
     policies = torchvision.transforms.AutoAugment(AutoAugmentPolicy(policy)).policies
     images = images.clone()
     for i, pair in enumerate(policies):
@@ -706,7 +706,7 @@ class Augment:
             d["solarize"] = uniform(0, 1) < r.solarize_p
             drawn.append(d)
         if self.recipes[0].policy:
-            host = torch.Generator().manual_seed(rng.initial_seed())
+            host = generator(rng.initial_seed(), "policy", 0)  # another stream than rng's own
             size, how = n * len(self.recipes), {"generator": host}
             auto = {"chosen": torch.randint(25, (size,), **how)}  # every policy has 25 sub-policies
             auto |= {"chance": torch.rand(size, 2, **how), "sign": torch.rand(size, 2, **how) < 0.5}
@@ -948,7 +948,8 @@ def collapse_figures(features):
 # --------------------------------------------------------------------------------------------------
 # More, or less, of the image in the representation: a term that any method can add
 
-MI_WEIGHTS = {"rc": 1.0, "lbe": 1.0, "ip": 5e-4, "mib": 5e-4}  # InfoCL with SimCLR; its BYOL: .1
+MI_WEIGHTS = {"rc": 1.0, "lbe": 1.0, "ip": 5e-4, "mib": 5e-4}  # InfoCL with SimCLR; its BYOL: .1,
+# and its Barlow Twins 1, of a loss that is not scaled by .1
 NOISE = 0.1  # S002: sigma, the deviation of the noise on the representation
 
 
@@ -996,10 +997,12 @@ class MutualInformation(nn.Module):
 
     rc   add the error of reconstructing each view from its h: mean over pixels, summed over views
     lbe  subtract lower_bound_estimate over all views together, with noise on h
-    ip   add the squared distance of the two views' h: drops what the views do not share
+    ip   add the squared distance of the two views' h, mean over images and features (S002 sums over
+         features; the weight is InfoCL's, for the mean): drops what the views do not share
     mib  the same with noise on h
     S002 prints ip and mib alike. The difference is the noise, which the method's heads get too.
-    With images of at most 64 pixels lbe is a weighted sum over three depths, as in InfoCL's code.
+    As in InfoCL's code, lbe is a weighted sum over three depths, rho 1/20, for images of at most 64
+    pixels; for larger ones it has the last depth alone, rho 1/80.
     Evaluation never sees the noise: it comes in train mode alone."""
 
     def __init__(self, method, kind, weight, image_size):
@@ -1008,7 +1011,7 @@ class MutualInformation(nn.Module):
         if kind == "rc":
             self.decoder = Decoder(method.backbone.num_features, image_size)
         self.depths = {"layer2": 0.25, "layer3": 0.5} if kind == "lbe" and image_size <= 64 else {}
-        self.depths["backbone"] = 1.0
+        self.depths["backbone"], self.rho = 1.0, 1 / 20 if image_size <= 64 else 1 / 80
         method.backbone.register_forward_hook(self.on_representation)
         for name in list(self.depths)[:-1]:
             method.backbone.get_submodule(name).register_forward_hook(
@@ -1042,11 +1045,11 @@ class MutualInformation(nn.Module):
                       zip(mu.chunk(len(views)), views, strict=True)]  # fmt: skip
             term = sum(errors)
         elif self.kind == "lbe":
-            estimates = {name: lower_bound_estimate(*pair) for name, pair in kept.items()}
+            estimates = {name: lower_bound_estimate(*p, self.rho) for name, p in kept.items()}
             term = -sum(weight * estimates[name] for name, weight in self.depths.items())
         else:
             pairs = list(itertools.combinations(mu.chunk(len(views)), 2))
-            term = sum((h1 - h2).square().sum(1).mean() for h1, h2 in pairs) / len(pairs)
+            term = sum((h1 - h2).square().mean() for h1, h2 in pairs) / len(pairs)
         return loss + self.weight * term, {**terms, f"loss_{self.kind}": term.detach()}
 
     def after_step(self, progress):
@@ -1133,7 +1136,7 @@ def base_parser(description):
 
 def parse_args(parser, presets, *variants, argv=None):
     """What the command line says, else the presets, else the parser's default. Of the presets count
-    "default", then those named by a variant, then the dataset's, then "DATASET VARIANT"; a variant
+    "default", then the dataset's, then those named by a variant, then "DATASET VARIANT"; a variant
     is the value of a flag named in `variants`, or the flag's own name where it is a switch. Says
     which presets there were and what the command line changed of them."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -1145,7 +1148,7 @@ def parse_args(parser, presets, *variants, argv=None):
     dataset = Path(known.dataset or "")
     name = dataset.stem if dataset.suffix == ".pt" else str(dataset)
     words = [flag if getattr(known, flag) is True else getattr(known, flag) for flag in variants]
-    keys = ["default", *words, name, *(f"{name} {word}" for word in words)]
+    keys = ["default", name, *words, *(f"{name} {word}" for word in words)]
     keys = [key for key in keys if key in presets]
     preset = {flag: value for key in keys for flag, value in presets[key].items()}
     parser.set_defaults(**preset)
@@ -1203,8 +1206,9 @@ def prepare(args, method) -> Dataset:
     args.warmup_epochs = min(args.warmup_epochs, args.epochs / 10)
     scale = {"linear": ratio, "sqrt": math.sqrt(ratio), "none": 1}[args.lr_scaling]
     args.scaled_lr = args.lr * scale
-    if args.mi_weight is None:
-        args.mi_weight = MI_WEIGHTS.get(args.increase_mi, 0.0)
+    check(args.increase_mi or args.mi_weight is None, "--mi-weight needs --increase-mi")
+    if args.increase_mi and args.mi_weight is None:
+        args.mi_weight = MI_WEIGHTS[args.increase_mi]
     torch.manual_seed(args.seed)  # the initial weights
     return data.to(args.device)
 

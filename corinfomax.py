@@ -13,8 +13,8 @@ Loss (S003 eq. 4.2-4.5, algorithm 1), each z L2-normalised, for each branch q = 
     R_q  <- lambda R_q  + (1 - lambda) 1/n sum (z_q - mu_q)(z_q - mu_q)^T         with the new mu_q
     loss  = alpha mse(z_1, z_2) - [ log det(R_1 + eps I) + log det(R_2 + eps I) ] / D
 
-The trace of a covariance of unit vectors is at most 1, so its log-determinants are at most
--D log D each: the loss has the floor 2 log D. mse is the mean over n and D.
+mse is the mean over n and D. The trace of a covariance of unit vectors is at most 1, so that each
+log-determinant is at most -D log D and the loss at least 2 log D, once R has forgotten its start.
 
 Notation: lambda -> forgetting, alpha -> alpha, eps -> eps, R -> R1, R2, mu -> mu1, mu2, n -> B.
 
@@ -31,7 +31,8 @@ Differences
  4. The gradients in S003 A.1 lack a factor of 2. Here: autograd.
  5. The projector has no batch norm, in the code for all but ImageNet (--projector-bn). S003
     mentions batch norm for ImageNet and is silent about the rest.
- 6. Each view passes through the networks by itself, as in the official code.
+ 6. Each view passes through the networks by itself, as in the official code, whose ResNet starts
+    its residual branches at zero; torchvision's, here, does not. The code's flag has eps 1e-6.
  7. The learning rate moves with every step, the official one with every epoch; weight decay spares
     biases and norms.
  8. More than two views (--views): the mean over pairs, each updating the state in turn.
@@ -41,12 +42,12 @@ import itertools
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 import common
 
 
-class CorInfoMaxLoss(nn.Module):
+class CorInfoMaxLoss(torch.nn.Module):
     """alpha * mse(z1, z2) - [log det(R1 + eps I) + log det(R2 + eps I)] / D, with its state.
 
     dim: D. alpha: attraction. forgetting: lambda, the weight of the past. eps: added to the
@@ -60,7 +61,7 @@ class CorInfoMaxLoss(nn.Module):
             self.register_buffer(f"mu{q}", torch.zeros(dim, dtype=torch.float64))
             self.register_buffer(f"R{q}", torch.eye(dim, dtype=torch.float64))
 
-    def forward(self, z1: Tensor, z2: Tensor) -> Tensor:
+    def forward(self, z1: torch.Tensor, z2: torch.Tensor) -> torch.Tensor:
         """z1, z2: [B, D] projections, not normalised. Returns a float64 scalar."""
         with torch.autocast(z1.device.type, enabled=False):  # eps drowns in anything below float64
             z1 = F.normalize(z1.double(), dim=1, eps=1e-4)
@@ -79,13 +80,13 @@ class CorInfoMaxLoss(nn.Module):
             return loss
 
 
-def ldmi(z1: Tensor, z2: Tensor, eps: float = 1e-8) -> Tensor:
+def ldmi(z1: torch.Tensor, z2: torch.Tensor, eps: float = 1e-8) -> torch.Tensor:
     """Log-determinant mutual information of two batches, from their biased covariances.
 
     z1, z2: [B, D], taken as they are. Returns a float64 scalar in nats, 0 where they are not
-    correlated, at most -D / 2 log(eps) or so. S003 eq. 3.6: the error covariances there are Schur
-    complements of the joint covariance J + eps I, so that the four log-determinants come down to
-    1/2 [ log det(R1 + eps I) + log det(R2 + eps I) - log det(J + eps I) ]."""
+    correlated. It needs B >> 2D: with fewer images any two batches look dependent. S003 eq. 3.6,
+    whose error covariances are Schur complements of the joint covariance J + eps I, so that its
+    four terms come to 1/2 [log det(R1 + eps I) + log det(R2 + eps I) - log det(J + eps I)]."""
     with torch.autocast(z1.device.type, enabled=False):
         z = torch.cat([z1, z2], 1).double()  # [B, 2D]
         centred, d = z - z.mean(0), z1.shape[1]
@@ -114,8 +115,8 @@ class CorInfoMax(nn.Module):
     def forward(self, views, y=None):
         """views: V of [B, 3, H, W]; y: [B], not used. Returns (loss, terms).
 
-        ldmi: S003 eq. 3.6 of the batch. eig_...: quantiles of the eigenvalues of R1, from the least
-        (eig_min) to the largest (eig_max); their sum is at most 1. S003 figures 5.1-5.3."""
+        loss_inv, ldmi (S003 eq. 3.6): of the batch, views 1 and 2. eig_...: quantiles of the
+        eigenvalues of R1, from the least to the largest. S003 figures 5.1-5.3."""
         z = [self.projector(self.backbone(x)) for x in views]  # V of [B, D]
         pairs = list(itertools.combinations(z, 2))
         loss = sum(self.criterion(z1, z2) for z1, z2 in pairs) / len(pairs)
@@ -129,7 +130,7 @@ class CorInfoMax(nn.Module):
             return loss, {"loss_inv": mse, "ldmi": ldmi(*unit, self.criterion.eps), **terms}
 
 
-# S003: chapter 5.2 and appendix B; the commands of serdarozsoy/corinfomax-ssl agree unless noted.
+# S003: chapter 5.2 and appendix B; what the README of serdarozsoy/corinfomax-ssl has otherwise.
 IMAGENET = {
     "color_strength": 1.0,
     "blur": 1.0,  # view 2 a tenth
@@ -160,6 +161,7 @@ PRESETS = {
     "cifar100": {"alpha": 1000.0, "hidden_dim": 4096, "dim": 128},  # S003
     "stl10": {"hidden_dim": 4096, "dim": 128, "image_size": 96},  # not in S003: as CIFAR-100
     "tiny_imagenet": {
+        "arch": "resnet50",  # S003
         "alpha": 500.0,  # S003
         "forgetting": 0.1,  # S003 5.2.5; B.2: .01
         "hidden_dim": 4096,
@@ -172,7 +174,7 @@ PRESETS = {
     "imagenet100": IMAGENET | {"forgetting": 0.1},  # S003 5.2.5; the README's command: .01
     "imagenet": IMAGENET
     | {"alpha": 2000.0, "hidden_dim": 8192, "dim": 512, "projector_bn": True, "lr": 0.2}
-    | {"epochs": 100, "batch_size": 1536},  # S003
+    | {"arch": "resnet50", "epochs": 100, "batch_size": 1536},  # S003; README: forgetting .1
     "shapes": {  # ours: seconds an epoch on two cores
         "epochs": 8,
         "batch_size": 128,

@@ -36,12 +36,12 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 import common
 
 
-def nt_xent_loss(z1: Tensor, z2: Tensor, temperature: float = 0.5) -> Tensor:
+def nt_xent_loss(z1: torch.Tensor, z2: torch.Tensor, temperature: float = 0.5) -> torch.Tensor:
     """NT-Xent, the mean of -log softmax(positive) over the 2B anchors.
 
     z1, z2: [B, D] projections of the two views, not normalised. temperature: tau, no unit.
@@ -51,7 +51,7 @@ def nt_xent_loss(z1: Tensor, z2: Tensor, temperature: float = 0.5) -> Tensor:
         z = torch.cat([z1, z2])  # [2B, D]
         z = F.normalize(z.to(torch.promote_types(z.dtype, torch.float32)), dim=1, eps=1e-4)
         sim = z @ z.T / temperature  # [2B, 2B]
-        sim = sim.masked_fill(torch.eye(len(z), dtype=torch.bool, device=z.device), -math.inf)
+        sim = sim.masked_fill(torch.eye(len(z), dtype=torch.bool, device=z.device), -torch.inf)
         positive = torch.arange(len(z), device=z.device).roll(len(z1))  # i <-> i + B
         return F.cross_entropy(sim, positive)  # its mean over rows is the 1 / (2B)
 
@@ -109,7 +109,10 @@ PRESETS = {
     "stl10": {"epochs": 200, "batch_size": 256, "blur": 0.5, "image_size": 96},  # S001 5.8.3
     "imagenette": {"color_strength": 1.0, "blur": 0.5, "image_size": 128, "batch_size": 256},
     "imagenet100": IMAGENET | {"epochs": 400},  # solo: 400 epochs
-    "imagenet": IMAGENET | {"epochs": 100},  # google: 100 epochs
+    "imagenet": IMAGENET | {"arch": "resnet50", "epochs": 100},  # google
+    "tiny_imagenet": {"image_size": 64},  # htdt: as CIFAR-10
+    "cifar10": {},
+    "cifar100": {},  # solo, htdt: as CIFAR-10
     "shapes": {  # ours: seconds an epoch on two cores
         "epochs": 8,
         "batch_size": 128,

@@ -33,16 +33,16 @@ Differences
     SimCLR, with whose settings S004 A.3 compares, has .2. Its clipped LARS is replaced by Adam.
 """
 
-import math
+import dataclasses
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 import common
 
 
-def supcon_loss(z: Tensor, y: Tensor, temperature: float = 0.1) -> Tensor:
+def supcon_loss(z: torch.Tensor, y: torch.Tensor, temperature: float = 0.1) -> torch.Tensor:
     """SupCon (L_out), the mean over the anchors that have a positive.
 
     z: [M, D] projections of all views, not normalised; y: [M] the class of each, or the image that
@@ -53,15 +53,15 @@ def supcon_loss(z: Tensor, y: Tensor, temperature: float = 0.1) -> Tensor:
         sim = z @ z.T / temperature  # [M, M]
         itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
         positive = (y[:, None] == y) & ~itself
-        log_prob = sim - sim.masked_fill(itself, -math.inf).logsumexp(1, keepdim=True)
+        log_prob = sim - sim.masked_fill(itself, -torch.inf).logsumexp(1, keepdim=True)
         count = positive.sum(1)  # |P(i)|
         per_anchor = -(log_prob * positive).sum(1) / count.clamp(min=1)  # 0 without a positive
         return per_anchor.sum() / (count > 0).sum().clamp(min=1)
 
 
 def tcl_loss(
-    z: Tensor, y: Tensor, temperature: float = 0.1, k1: float = 5000.0, k2: float = 1.0
-) -> Tensor:
+    z: torch.Tensor, y: torch.Tensor, temperature: float = 0.1, k1: float = 5000.0, k2: float = 1.0
+) -> torch.Tensor:
     """Tuned contrastive loss, the mean over the anchors that have a positive.
 
     z: [M, D] projections of all views, not normalised; y: [M] as for supcon_loss. k1: pull of hard
@@ -72,10 +72,10 @@ def tcl_loss(
         cosine = z @ z.T  # [M, M]
         sim, itself = cosine / temperature, torch.eye(len(z), dtype=torch.bool, device=z.device)
         positive, negative = (y[:, None] == y) & ~itself, y[:, None] != y
-        log_k1, log_k2 = (math.log(k) if k > 0 else -math.inf for k in (k1, k2))
-        pulled = sim.masked_fill(~positive, -math.inf)
-        hard = (log_k1 - cosine).masked_fill(~positive, -math.inf)  # Paper: no temperature
-        pushed = (log_k2 + sim).masked_fill(~negative, -math.inf)
+        log_k1, log_k2 = (sim.new_full((), k).log() for k in (k1, k2))  # -inf for 0
+        pulled = sim.masked_fill(~positive, -torch.inf)
+        hard = (log_k1 - cosine).masked_fill(~positive, -torch.inf)  # Paper: no temperature
+        pushed = (log_k2 + sim).masked_fill(~negative, -torch.inf)
         summands = torch.cat([pulled, hard, pushed], 1)  # [M, 3M], the logs of what D_i adds up
         count = positive.sum(1, keepdim=True)  # [M, 1], |P(i)|
         log_d = summands.masked_fill(count == 0, 0.0).logsumexp(1, keepdim=True)
@@ -118,18 +118,30 @@ LOSSES = ("supcon", "tcl", "cross_entropy")
 AUGMENTS = ("autoaugment", "crop_flip", "simaugment")
 
 
-def make_recipes(args, size):
-    """--augment: autoaugment (S004 A.1: crop after padding by an eighth, flip, the CIFAR policy),
-    crop_flip (S004 A.1, Fashion-MNIST), simaugment (SimCLR's, its strength and crops by flags)."""
+def make_recipes(args):
+    """--augment: autoaugment (S004 A.1; released train.py: crop after padding by 4, flip, the CIFAR
+    policy), crop_flip (A.1, Fashion-MNIST), simaugment (SimCLR's, by the flags; S004's with labels:
+    --crop-min 0.2 --color-strength 0.5). What is decoded from disk is cropped at random instead."""
     if args.augment == "simaugment":
         return common.symmetric(args.views, args.color_strength, args.crop_min, args.blur)
     policy = "cifar10" if args.augment == "autoaugment" else ""
-    recipe = common.Recipe(jitter_p=0, gray_p=0, pad=max(1, size // 8), policy=policy)
+    recipe = common.Recipe(jitter_p=0, gray_p=0, pad=4, policy=policy)
     return [recipe] * args.views
 
 
 # S004: appendix A. Learning rates are for the batch they stand beside, without scaling.
-WIDE = {"hidden_dim": 4096, "lr": 1e-3, "k1": 1.0, "batch_size": 256}  # A.3, ImageNet-100
+SHAPES = {  # ours: seconds an epoch on two cores
+    "augment": "simaugment",
+    "color_strength": 0.5,
+    "crop_min": 0.4,  # what a shape is can only be told from most of it
+    "blur": 0.0,
+    "epochs": 8,
+    "batch_size": 128,
+    "stem": "imagenet",
+    "optimizer": "adamw",
+    "lr": 1e-3,
+    "knn_every": 4,
+}
 PRESETS = {
     "default": {
         "augment": "autoaugment",  # A.1
@@ -155,7 +167,7 @@ PRESETS = {
         "k2": 1.5,  # A.3
         "hidden_dim": 2048,  # A.3
         "dim": 256,  # A.3
-        "optimizer": "adam",  # as our SimCLR; A.3: LARS, clipped, lr .5, weight decay 1e-4
+        "optimizer": "adam",  # as our SimCLR; A.3: LARS (in solo-learn clipped), lr .5
         "lr": 1e-3,
         "weight_decay": 1e-6,
         "warmup_epochs": 10,  # solo-learn
@@ -164,29 +176,16 @@ PRESETS = {
     },
     "cifar10": {},
     "cifar100": {"lr": 0.2, "k1": 4000.0, "batch_size": 128},  # A.1, 256 views
-    "cifar100 self_supervised": {"lr": 1e-3, "k1": 1.0, "batch_size": 256},  # A.3
     "fashion_mnist": {"augment": "crop_flip", "lr": 0.09},  # A.1
     "stl10": {"image_size": 96},
     "tiny_imagenet": {"image_size": 64, "lr": 0.2, "k1": 4000.0, "batch_size": 128},  # as CIFAR-100
-    "tiny_imagenet self_supervised": {"lr": 1e-3, "k1": 1.0, "batch_size": 256},
     "imagenet100": {"image_size": 224, "lr": 0.3, "k1": 4000.0, "batch_size": 128},  # A.1
     "imagenet100 supcon": {"lr": 0.2},  # A.1
-    "imagenet100 self_supervised": WIDE | {"epochs": 400},  # A.3
+    "imagenet100 self_supervised": {"hidden_dim": 4096, "lr": 1e-3, "epochs": 400},  # A.3
     "imagenet": {"image_size": 224, "lr": 0.3, "k1": 4000.0, "batch_size": 128},  # the same
-    "imagenet self_supervised": WIDE,
-    "shapes": {  # ours: seconds an epoch on two cores
-        "augment": "simaugment",
-        "color_strength": 0.5,
-        "crop_min": 0.4,  # what a shape is can only be told from most of it
-        "blur": 0.0,
-        "epochs": 8,
-        "batch_size": 128,
-        "stem": "imagenet",
-        "optimizer": "adamw",
-        "lr": 1e-3,
-        "knn_every": 4,
-    },
-    "shapes self_supervised": {"epochs": 6},  # three views
+    "imagenet self_supervised": {"hidden_dim": 4096},
+    "shapes": SHAPES,
+    "shapes self_supervised": SHAPES | {"epochs": 6},  # three views
 }
 
 
@@ -206,13 +205,15 @@ def main():
     common.check(supervised or args.loss != "cross_entropy", needless)
     name = args.loss if supervised else f"{args.loss}_self_supervised"
     data = common.prepare(args, name)
-    missing = "there are images without labels: add --self-supervised"
-    common.check(not supervised or data.pretrain.labels.min() >= 0, missing)
+    if supervised:  # any unlabeled images stay out
+        data = dataclasses.replace(data, pretrain=data.train)
+        few = f"--batch-size {args.batch_size} exceeds the {len(data.train)} labelled images"
+        common.check(args.batch_size <= len(data.train), few)
     print(f"labels of the training images: {'USED' if supervised else 'not used'}")
     backbone, heads = common.resnet(args.arch, args.stem), (args.hidden_dim, args.dim)
     knobs = args.temperature, args.k1, args.k2, args.self_supervised
     model = SupConTCL(backbone, len(data.classes), args.loss, *heads, *knobs)
-    common.train(name, model, data, make_recipes(args, data.size), args)
+    common.train(name, model, data, make_recipes(args), args)
 
 
 if __name__ == "__main__":

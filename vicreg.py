@@ -26,25 +26,26 @@ Differences
     halve the variance term.
  2. The official code lets half precision into variance and covariance. Here: float32.
  3. Each view passes through the networks by itself, as in the official code.
- 4. Optimiser on small images: see PRESETS. Paper: LARS, batch 2048.
+ 4. Optimiser on small images: see PRESETS. Paper: LARS, batch 2048. The views there: the official
+    asymmetric pair without blur, with solo-learn's crops of at least .2 (solo's are symmetric).
  5. More than two views (--views): the mean of the loss over all pairs of views.
 """
 
 import itertools
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import common
 
 
 def vicreg_loss(
-    z1: Tensor,
-    z2: Tensor,
+    z1: torch.Tensor,
+    z2: torch.Tensor,
     sim_weight: float = 25.0,
     var_weight: float = 25.0,
     cov_weight: float = 1.0,
-) -> Tensor:
+) -> torch.Tensor:
     """sim_weight * invariance + var_weight * variance / 2 + cov_weight * covariance.
 
     z1, z2: [B, D] projections, not normalised. Returns a scalar, in float32 at least; where all
@@ -122,9 +123,9 @@ PRESETS = {
     "cifar100": {},  # solo: as CIFAR-10
     "stl10": {"blur": 1.0, "image_size": 96},  # official: blur
     "tiny_imagenet": {"image_size": 64},
-    "imagenet100": IMAGENET | {"crop_min": 0.2, "epochs": 400, "batch_size": 256},  # solo
+    "imagenet100": IMAGENET | {"crop_min": 0.2, "epochs": 400, "batch_size": 256},  # these: solo
     "imagenet": IMAGENET
-    | {"hidden_dim": 8192, "dim": 8192, "epochs": 100, "batch_size": 512},  # official
+    | {"arch": "resnet50", "hidden_dim": 8192, "dim": 8192, "epochs": 100, "batch_size": 512},
     "shapes": {  # ours: seconds an epoch on two cores
         "epochs": 8,
         "batch_size": 128,

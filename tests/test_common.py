@@ -359,6 +359,9 @@ def test_auto_augment_draws():
     assert all(torch.equal(d[key], again[key]) for key in d)
     other = augment.draw(n, 40, 40, rng(1))
     assert not torch.equal(d["chosen"], other["chosen"])
+    # They come from another stream than the crops: else the same numbers would serve twice.
+    agree = d["flip"][:n] == (d["chance"].flatten()[:n] < 0.5)
+    assert agree.double().mean() == pytest.approx(0.5, abs=0.05)
 
 
 @pytest.mark.parametrize("policy", ["", "cifar10"])

@@ -5,7 +5,6 @@ import ast
 import builtins
 import dis
 import inspect
-import math
 import sys
 import types
 from pathlib import Path
@@ -13,7 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
 
 ROOT = Path(__file__).resolve().parent.parent
 METHOD_FILES = sorted(
@@ -60,7 +58,7 @@ def cut_out(path, name):
         wanted.append(todo.pop())
         used = {n.id for n in ast.walk(defined[wanted[-1]]) if isinstance(n, ast.Name)}
         todo += [n for n in used if n in defined and n not in wanted + todo]
-    namespace = {"torch": torch, "F": F, "nn": nn, "math": math, "Tensor": Tensor}
+    namespace = {"torch": torch, "F": F}
     for node in defined.values():
         if node.name in wanted:
             exec(ast.get_source_segment(source, node), namespace)

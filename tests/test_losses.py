@@ -669,6 +669,9 @@ def test_ldmi_oracles():
         assert ldmi(signs[:, :1], signs[:, :1], eps).item() == pytest.approx(expected, rel=1e-6)
     few = torch.randn(3, 8)  # fewer images than features
     assert ldmi(few, few).isfinite()
+    rng = torch.Generator().manual_seed(0)
+    many = torch.randn(2, 20000, 4, generator=rng)  # independent
+    assert 0 <= ldmi(*many).item() < 0.01
 
 
 # --------------------------------------------------------------------------------------------------

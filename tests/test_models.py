@@ -382,14 +382,14 @@ def test_terms_by_hand(name):
     model = with_term(name, "ip")
     _, terms = model(views)
     h = representations(model)
-    expected = (h[0] - h[1]).square().sum(1).mean()
+    expected = sum((h[0] - h[1]).flatten() ** 2) / h[0].numel()  # over images and features
     torch.testing.assert_close(terms["loss_ip"], expected.detach(), rtol=1e-4, atol=1e-5)
 
     model = with_term(name, "lbe", size=128)  # large images: one depth
     torch.manual_seed(7)
     _, terms = model(views)
     mu = torch.cat(list(representations(model)))
-    clean = common.lower_bound_estimate(mu, mu)
+    clean = common.lower_bound_estimate(mu, mu, 1 / 80)
     assert terms["loss_lbe"].item() == pytest.approx(-clean.item(), abs=0.3)
     assert terms["loss_lbe"].item() != -clean.item()
 
@@ -399,7 +399,8 @@ def test_lbe_weighs_three_depths_of_small_images():
     kept = {}
     original = common.lower_bound_estimate
 
-    def spy(mu, z):
+    def spy(mu, z, rho):
+        assert rho == 0.05
         kept[mu.shape[1]] = original(mu, z)
         noise = z - mu
         assert len(mu) == 10 and 0.08 < noise.std() < 0.12  # both views, sigma .1

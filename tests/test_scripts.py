@@ -561,7 +561,21 @@ def drawn():
 SHORT = "--dataset shapes --knn-bank 2000 --device cpu --out run --epochs"
 
 
-# BYOL is not here: its first few hundred steps lead below the untrained encoder (README, Results).
+PRESET_CASES = [
+    ("", "default", (1, 1, 0)),
+    ("--dataset pets", "default + pets", (1, 4, 4)),
+    ("--dataset pets --method b", "default + pets + b + pets b", (5, 2, 4)),
+    (
+        "--dataset folder/pets.pt --method=b --alone",
+        "default + pets + b + alone + pets b",
+        (5, 2, 3),
+    ),
+    ("--method b --alone --lr 9", "default + b + alone", (9, 2, 3)),
+    ("--dataset folder/pets", "default", (1, 1, 0)),
+]
+
+
+# BYOL is not here: its first few hundred steps lead away from the class (README, Results).
 @pytest.mark.parametrize("method", [m for m in METHODS if m != "byol"])
 def test_shapes_are_learned(method, drawn, folder):
     """Three epochs of the preset, well above what an untrained encoder gives."""
@@ -569,7 +583,83 @@ def test_shapes_are_learned(method, drawn, folder):
     untrained = load("run/checkpoint.pt")["untrained"]
     learned = read_log(folder / "run")[-1]["knn_top1"]
     assert learned > untrained + 0.1
+    for ablation, collapsed in ABLATIONS.items():
+        if ablation.split(" --ablate")[0] == method:
+            assert not collapsed(read_log(folder / "run")[-1])
     assert f"kNN top-1 {learned:.1%} (untrained encoder {untrained:.1%}, chance 10.0%)" in printed
+
+
+@pytest.mark.parametrize("argv, keys, values", PRESET_CASES)
+def test_presets_are_laid_over_each_other(argv, keys, values, capsys):
+    """The dataset's over the default, a variant's over it, and both together over all."""
+    parser = common.Parser("A script.")
+    parser.add_argument("--dataset", default="cifar10")
+    parser.add_argument("--method", default="a")
+    parser.add_argument("--alone", action="store_true")
+    for flag in "--lr", "--dim", "--k":
+        parser.add_argument(flag, type=float, default=0.0)
+    presets = {"default": {"lr": 1.0, "dim": 1.0}, "b": {"dim": 2.0}, "alone": {"k": 3.0}}
+    presets |= {"pets": {"dim": 4.0, "k": 4.0}, "pets b": {"lr": 5.0}}
+    args = common.parse_args(parser, presets, "method", "alone", argv=argv.split())
+    assert (args.lr, args.dim, args.k) == values
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"preset {keys}: ") and printed.count("\n") == 1
+    assert ("'lr': 9.0" in printed.split("given:")[1]) == ("--lr 9" in argv)
+
+
+def settings(*argv):
+    """The arguments that a script ends up with, from what it prints and writes."""
+    argv = [*argv, *"--epochs 1 --batch-size 16 --knn-every 0 --device cpu --out run".split()]
+    succeed(*argv)
+    return json.loads(Path("run/config.json").read_text())["config"]
+
+
+def test_self_supervised_settings_hold_on_every_dataset(folder):
+    """Labels, or their absence, decide on the views and the optimiser, not the dataset."""
+    Path("data").mkdir()
+    for name in "cifar10", "fashion_mnist", "cifar100":
+        store(toy(16), f"data/{name}.pt")
+        found = settings("supcon_tcl --loss tcl --self-supervised", "--dataset", name)
+        kept = ("optimizer", "lr", "k1", "k2", "augment", "views", "temperature", "hidden_dim")
+        assert [found[key] for key in kept] == ["adam", 1e-3, 1, 1.5, "simaugment", 3, 0.2, 2048]
+        shutil.rmtree("run")
+
+
+def test_supervised_training_leaves_unlabeled_images_out(folder):
+    data = toy(16)
+    data["unlabeled"] = {"images": random_split(32, seed=7)["images"]}
+    store(data, "toy.pt")
+    succeed("supcon_tcl", "--dataset", "toy.pt", *TINY, "--out", "run")
+    assert read_log(folder / "run")[-1]["step"] == 1  # 16 images; with the others it would be 3
+    succeed("simclr", "--dataset", "toy.pt", *TINY, "--out", "other")
+    assert read_log(folder / "other")[-1]["step"] == 3
+    line = fail("supcon_tcl", "--dataset", "toy.pt", *TINY, "--batch-size", "32")
+    assert "32" in line and "16 labelled" in line
+
+
+@pytest.mark.parametrize("kind", ["rc", "lbe", "ip", "mib"])
+@pytest.mark.parametrize("method", ["simclr", "byol"])
+def test_a_term_on_the_representation(method, kind, folder, monkeypatch):
+    """Trained, interrupted, resumed as if nothing had happened, and evaluated from either file."""
+    data, whole = store(toy(), "toy.pt"), Path("whole")
+    argv = ["--dataset", data, *TINY, "--epochs", "3", "--lr", "1e-3", "--increase-mi", kind]
+    succeed(method, *argv, "--out", whole)
+    assert f"loss_{kind}" in read_log(whole)[-1]
+    weight = json.loads((whole / "config.json").read_text())["config"]["mi_weight"]
+    assert weight == (1 if kind in ("rc", "lbe") else 5e-4)
+    run = SimpleNamespace(script=method, argv=argv, out=whole)
+    interrupt_and_resume(run, monkeypatch, common, "collapse_figures", 3)
+    figures = []
+    for file in "encoder.pt", "checkpoint.pt":
+        flags = ["--checkpoint", f"whole/{file}", "--dataset", "toy.pt", "--protocol", "knn"]
+        printed = succeed("linear_eval", *flags, "--device", "cpu")
+        figures.append(json.loads(printed.splitlines()[-1])["knn_top1"])
+    assert figures[0] == figures[1]
+
+
+def test_a_weight_without_its_term_is_refused(folder):
+    argv = ["--dataset", store(toy(16), "toy.pt"), *TINY, "--mi-weight", "0.1"]
+    assert "--increase-mi" in fail("simclr", *argv)
 
 
 ABLATIONS = {  # what is taken out, and how the log shows that all projections are alike
@@ -580,6 +670,14 @@ ABLATIONS = {  # what is taken out, and how the log shows that all projections a
     "carl_carp --method carp --ablate kl": lambda entry: entry["kl"] > 0.6 * math.log(64),
     "corinfomax --ablate logdet": lambda entry: entry["eig_max"] < 1e-3,
 }
+
+
+def test_byol_does_not_collapse(drawn, folder):
+    """Against its ablations below, after as many epochs: no agreement without content."""
+    succeed("byol", *SHORT.split(), "2")
+    entry = read_log(folder / "run")[-1]
+    assert entry["cosine"] < 0.9 and entry["feature_std"] > 0.3
+    assert not any(collapsed(entry) for name, collapsed in ABLATIONS.items() if "byol" in name)
 
 
 @pytest.mark.parametrize("method", ABLATIONS)
