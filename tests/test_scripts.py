@@ -226,7 +226,9 @@ def test_loss_decreases_on_one_batch(method, folder, monkeypatch):
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 @every_method
 def test_precision(method, precision, folder):
-    store(toy(16), "toy.pt")
+    # Not of 16 pixels: there layer4 has an input of 1x1, for which oneDNN leaves parts of a bf16
+    # kernel's gradient unwritten (torch 2.15).
+    store(toy(16, 32), "toy.pt")
     argv = ["--dataset", "toy.pt", *TINY, "--out", "run", "--precision", precision]
     succeed(method, *argv, "--lr", "1e-3")
     (entry,) = read_log(folder / "run")
