@@ -580,8 +580,9 @@ PRESET_CASES = [
 # BYOL is not here: its first few hundred steps lead away from the class (README, Results).
 @pytest.mark.parametrize("method", [m for m in METHODS if m != "byol"])
 def test_shapes_are_learned(method, drawn, folder):
-    """Three epochs of the preset, well above what an untrained encoder gives."""
-    printed = succeed(method, *SHORT.split(), "3")
+    """A few epochs of the preset, well above what an untrained encoder gives."""
+    epochs = "5" if method == "barlow_twins" else "3"  # its first hundred steps lead below
+    printed = succeed(method, *SHORT.split(), epochs)
     untrained = load("run/checkpoint.pt")["untrained"]
     learned = read_log(folder / "run")[-1]["knn_top1"]
     assert learned > untrained + 0.1
