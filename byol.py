@@ -147,7 +147,7 @@ PRESETS = {
         "optimizer": "adamw",
         "lr": 1e-3,
         "lr_scaling": "none",
-        "crop_min": 0.4,  # what a shape is can only be told from most of it
+        "crop_min": 0.4,
         "hidden_dim": 1024,
         "ema_decay": 0.96,  # there are 248 steps: the target has to move
         "knn_every": 4,

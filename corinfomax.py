@@ -181,7 +181,7 @@ PRESETS = {
         "stem": "imagenet",
         "optimizer": "adamw",
         "lr": 1e-3,
-        "crop_min": 0.4,  # what a shape is can only be told from most of it
+        "crop_min": 0.4,
         "blur": 0.0,
         "hidden_dim": 512,
         "knn_every": 4,

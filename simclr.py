@@ -120,7 +120,7 @@ PRESETS = {
         "optimizer": "adamw",
         "lr": 1e-3,
         "lr_scaling": "none",
-        "crop_min": 0.4,  # what a shape is can only be told from most of it
+        "crop_min": 0.4,
         "knn_every": 4,
     },
 }

@@ -133,7 +133,7 @@ def make_recipes(args):
 SHAPES = {  # ours: seconds an epoch on two cores
     "augment": "simaugment",
     "color_strength": 0.5,
-    "crop_min": 0.4,  # what a shape is can only be told from most of it
+    "crop_min": 0.4,
     "blur": 0.0,
     "epochs": 8,
     "batch_size": 128,
