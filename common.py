@@ -705,13 +705,13 @@ class Augment:
             d["sigma"] = uniform(0.1, 2.0).masked_fill(sharp, 0)  # SimCLR's range
             d["solarize"] = uniform(0, 1) < r.solarize_p
             drawn.append(d)
+        d = {key: torch.cat([d[key] for d in drawn]) for key in drawn[0]}
         if self.recipes[0].policy:
             host = generator(rng.initial_seed(), "policy", 0)  # another stream than rng's own
             size, how = n * len(self.recipes), {"generator": host}
-            auto = {"chosen": torch.randint(25, (size,), **how)}  # every policy has 25 sub-policies
-            auto |= {"chance": torch.rand(size, 2, **how), "sign": torch.rand(size, 2, **how) < 0.5}
-            return {key: torch.cat([d[key] for d in drawn]) for key in drawn[0]} | auto
-        return {key: torch.cat([d[key] for d in drawn]) for key in drawn[0]}
+            d["chosen"] = torch.randint(25, (size,), **how)  # every policy has 25 sub-policies
+            d |= {"chance": torch.rand(size, 2, **how), "sign": torch.rand(size, 2, **how) < 0.5}
+        return d
 
     @torch.no_grad()
     def __call__(self, images, rng):
