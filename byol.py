@@ -31,7 +31,10 @@ Differences
  4. Each view passes through the networks by itself, as in DeepMind's code: the two are not
     augmented alike, and batch norm should not mix their statistics.
  5. Optimiser on small images: see PRESETS. Paper: LARS, batch 4096.
- 6. More than two views (--views): the mean of the loss over all pairs of views.
+ 6. Neither head ends in batch norm, as in the paper. --output-bn gives the projector one, as
+    SimSiam's has: projections start out alike, and a short run should not spend its steps on what
+    all images share. The preset of shapes has it.
+ 7. More than two views (--views): the mean of the loss over all pairs of views.
 """
 
 import copy
@@ -62,13 +65,18 @@ def byol_loss(p1: torch.Tensor, z2_target: torch.Tensor) -> torch.Tensor:
 class BYOL(nn.Module):
     """Online: backbone, projector, predictor. Target: the moving average of the first two.
 
+    output_bn: whether the projector ends in batch norm (difference 6).
     ablate: None, or what to leave out to see the collapse: "predictor", or "stop-gradient" (the
     online network is its own target, and both sides of the loss take gradient)."""
 
-    def __init__(self, backbone, hidden_dim=4096, dim=256, ema_decay=0.99, ablate=None):
+    def __init__(
+        self, backbone, hidden_dim=4096, dim=256, ema_decay=0.99, output_bn=False, ablate=None
+    ):
         super().__init__()
         self.backbone = backbone
         self.projector = common.mlp(backbone.num_features, hidden_dim, dim)
+        if output_bn:  # without a slope of its own: every feature has mean 0 and deviation 1
+            self.projector.append(nn.BatchNorm1d(dim, affine=False))
         self.predictor = common.mlp(dim, hidden_dim, dim)
         if ablate == "predictor":
             self.predictor = nn.Identity()
@@ -141,16 +149,17 @@ PRESETS = {
     | {"lr": 0.5, "epochs": 400, "batch_size": 256},  # solo, whose LARS clips; its predictor: 8192
     "imagenet": IMAGENET | {"arch": "resnet50", "epochs": 100, "batch_size": 4096},  # deepmind
     "shapes": {  # ours: seconds an epoch on two cores
-        "epochs": 8,
-        "batch_size": 128,
+        "epochs": 10,
+        "batch_size": 64,
         "stem": "imagenet",
         "optimizer": "adamw",
         "lr": 1e-3,
         "lr_scaling": "none",
-        "crop_min": 0.4,
+        "color_strength": 0.5,
         "hidden_dim": 1024,
-        "ema_decay": 0.96,  # there are 248 steps: the target has to move
-        "knn_every": 4,
+        "ema_decay": 0.96,  # there are 620 steps: the target has to move
+        "output_bn": True,
+        "knn_every": 5,
     },
 }
 
@@ -160,11 +169,12 @@ def main():
     parser.add_argument("--ema-decay", type=common.fraction, default=0.996, help="tau_0, at start")
     parser.add_argument("--hidden-dim", type=common.count, default=4096, help="of both heads")
     parser.add_argument("--dim", type=common.count, default=256, help="of the projections, D")
+    parser.add_argument("--output-bn", action="store_true", help="batch norm after the projector")
     parser.add_argument("--ablate", choices=("predictor", "stop-gradient"), help="see it collapse")
     args = common.parse_args(parser, PRESETS)
     data = common.prepare(args, "byol")
     backbone = common.resnet(args.arch, args.stem)
-    model = BYOL(backbone, args.hidden_dim, args.dim, args.ema_decay, args.ablate)
+    model = BYOL(backbone, args.hidden_dim, args.dim, args.ema_decay, args.output_bn, args.ablate)
     recipes = common.asymmetric(args.views, args.color_strength, args.crop_min, args.blur)
     common.train("byol", model, data, recipes, args)
 

@@ -185,7 +185,7 @@ PRESETS = {
         "optimizer": "adamw",
         "lr": 1e-3,
         "lr_scaling": "none",
-        "crop_min": 0.4,
+        "crop_min": 0.3,
         "blur": 0.0,
         "color_strength": 0.5,
         "knn_every": 5,

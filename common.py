@@ -338,9 +338,11 @@ SHAPES = [f"{texture} {FIGURES[i % 5]}" for i, texture in enumerate(TEXTURES)]
 def shapes(count: int, split: str, size: int = 32) -> dict:
     """`count` images of ten classes, drawn: five figures, each with two textures of its own.
 
-    Place, size, the pitch and two tones of the texture, the two tones of the background, tints, a
-    little rotation and noise change from image to image and say nothing of the class, so that
-    likeness of pixels helps little. The same images for the same count and split, everywhere.
+    Place, size, a little rotation, the pitch of the texture, which of its two tones is the light
+    one, tints and noise change from image to image and say nothing of the class, so that likeness
+    of pixels helps little. What a method without negatives would learn first, because a crop of an
+    image keeps it and other images differ in it, is kept small: its mean colors, above all.
+    The same images for the same count and split, everywhere.
     Returns {"images": uint8 [N, 3, size, size], "labels": int64 [N]}."""
     rng = generator(0, f"shapes {split}", count)
     labels = torch.randperm(count, generator=rng) % len(SHAPES)
@@ -356,10 +358,10 @@ def draw_shapes(labels, size, rng):
         return torch.rand(count, *(shape or (1, 1)), generator=rng) * (high - low) + low
 
     axis = (torch.arange(2 * size) + 0.5) / size - 1  # drawn at twice the size, then averaged
-    radius, pitch = uniform(0.75, 1.1), uniform(9, 16)
+    radius, pitch = uniform(0.9, 1.2), uniform(9, 13)
     turn, tilt = uniform(-0.3, 0.3), uniform(-0.3, 0.3)
-    x = axis[None, None, :] - uniform(-0.25, 0.25)
-    y = axis[None, :, None] - uniform(-0.25, 0.25)
+    x = axis[None, None, :] - uniform(-0.2, 0.2)
+    y = axis[None, :, None] - uniform(-0.2, 0.2)
     u = (x * turn.cos() + y * turn.sin()) / radius  # [N, 2 size, 2 size], in the figure's frame
     v = (y * turn.cos() - x * turn.sin()) / radius
     rho, far, near = torch.hypot(u, v), u.abs().maximum(v.abs()), u.abs().minimum(v.abs())
@@ -377,13 +379,12 @@ def draw_shapes(labels, size, rng):
     light += [(t.sin() + 0.8).minimum(shifted.sin() + 0.85), torch.ones_like(s)]
     light = (torch.stack(light)[labels, every] > 0)[:, None]
 
-    tone = uniform(0, 1, 4, 1, 1, 1)  # of the texture's two parts and the background's two ends
-    tone[:, 1] = (tone[:, 0] + 0.5) % 1
-    color = 0.8 * tone + 0.2 * uniform(0, 1, 4, 3, 1, 1)
-    slope = (s / pitch / 3 + 0.5).clamp(0, 1)[:, None]
-    background = color[:, 2] * slope + color[:, 3] * (1 - slope)
-    image = torch.where(inside, torch.where(light, color[:, 0], color[:, 1]), background)
-    image = F.avg_pool2d(image, 2) + 0.08 * torch.randn(count, 3, size, size, generator=rng)
+    sign = uniform(-1, 1, 1, 1, 1, 1).sign()  # which of the texture's two parts is the light one
+    tone = 0.5 + 0.25 * torch.cat([sign, -sign, 0 * sign], 1)  # of the two and of the background
+    color = 0.9 * tone + 0.1 * uniform(0, 1, 3, 3, 1, 1)
+    image = torch.where(light, color[:, 0], color[:, 1])
+    image = torch.where(inside, image, color[:, 2])
+    image = F.avg_pool2d(image, 2) + 0.25 * torch.randn(count, 3, size, size, generator=rng)
     return (image.clamp(0, 1) * 255).round().byte()
 
 

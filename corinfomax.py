@@ -181,7 +181,7 @@ PRESETS = {
         "stem": "imagenet",
         "optimizer": "adamw",
         "lr": 1e-3,
-        "crop_min": 0.4,
+        "crop_min": 0.3,
         "blur": 0.0,
         "hidden_dim": 512,
         "knn_every": 4,

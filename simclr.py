@@ -120,7 +120,7 @@ PRESETS = {
         "optimizer": "adamw",
         "lr": 1e-3,
         "lr_scaling": "none",
-        "crop_min": 0.4,
+        "crop_min": 0.3,
         "knn_every": 4,
     },
 }

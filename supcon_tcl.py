@@ -133,13 +133,13 @@ def make_recipes(args):
 SHAPES = {  # ours: seconds an epoch on two cores
     "augment": "simaugment",
     "color_strength": 0.5,
-    "crop_min": 0.4,
     "blur": 0.0,
     "epochs": 8,
     "batch_size": 128,
     "stem": "imagenet",
     "optimizer": "adamw",
     "lr": 1e-3,
+    "crop_min": 0.3,
     "knn_every": 4,
 }
 PRESETS = {

@@ -133,7 +133,6 @@ PRESETS = {
         "optimizer": "adamw",
         "lr": 1e-3,
         "lr_scaling": "none",
-        "crop_min": 0.4,
         "hidden_dim": 512,
         "dim": 512,
         "knn_every": 4,
