@@ -149,7 +149,7 @@ PRESETS = {
     | {"lr": 0.5, "epochs": 400, "batch_size": 256},  # solo, whose LARS clips; its predictor: 8192
     "imagenet": IMAGENET | {"arch": "resnet50", "epochs": 100, "batch_size": 4096},  # deepmind
     "shapes": {  # ours: seconds an epoch on two cores
-        "epochs": 10,
+        "epochs": 8,
         "batch_size": 64,
         "stem": "imagenet",
         "optimizer": "adamw",
@@ -157,9 +157,9 @@ PRESETS = {
         "lr_scaling": "none",
         "color_strength": 0.5,
         "hidden_dim": 1024,
-        "ema_decay": 0.96,  # there are 620 steps: the target has to move
+        "ema_decay": 0.96,  # there are 496 steps: the target has to move
         "output_bn": True,
-        "knn_every": 5,
+        "knn_every": 4,
     },
 }
 
