@@ -182,6 +182,7 @@ PRESETS = {
         "optimizer": "adamw",
         "lr": 1e-3,
         "crop_min": 0.3,
+        "color_strength": 0.5,
         "blur": 0.0,
         "hidden_dim": 512,
         "knn_every": 4,
