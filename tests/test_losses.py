@@ -557,6 +557,15 @@ def test_carl_oracles():
     assert apart.item() == pytest.approx(1e4, rel=1e-4)
 
 
+def test_carl_starts_at_a_saddle():
+    """Undecided about every image, its gradient is zero; a little below, decided images lie."""
+    zeros = torch.zeros(6, 8, dtype=torch.float64, requires_grad=True)
+    carl_loss(zeros, zeros, 1.0).backward()
+    assert zeros.grad.abs().max() < 1e-12
+    logits = 0.1 * torch.eye(8, dtype=torch.float64)
+    assert carl_loss(logits, logits).item() < math.log(8)
+
+
 def test_carl_kl_keeps_the_prototypes_in_use():
     """The sign that S001's listing 2 has wrong: a step down the KL spreads the assignments."""
     logits = torch.tensor([[2.0, 0.0, 0.0]]).repeat(4, 1).requires_grad_()
