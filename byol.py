@@ -31,9 +31,9 @@ Differences
  4. Each view passes through the networks by itself, as in DeepMind's code: the two are not
     augmented alike, and batch norm should not mix their statistics.
  5. Optimiser on small images: see PRESETS. Paper: LARS, batch 4096.
- 6. Neither head ends in batch norm, as in the paper. --output-bn gives the projector one, as
-    SimSiam's has: projections start out alike, and a short run should not spend its steps on what
-    all images share. The preset of shapes has it.
+ 6. --output-bn ends the projector in batch norm without a slope, as SimSiam's ends. The paper has
+    none. The preset of shapes has it (--no-output-bn: the paper's heads). A collapse then shows as
+    few directions, since single features keep their deviation.
  7. More than two views (--views): the mean of the loss over all pairs of views.
 """
 
@@ -169,7 +169,7 @@ def main():
     parser.add_argument("--ema-decay", type=common.fraction, default=0.996, help="tau_0, at start")
     parser.add_argument("--hidden-dim", type=common.count, default=4096, help="of both heads")
     parser.add_argument("--dim", type=common.count, default=256, help="of the projections, D")
-    parser.add_argument("--output-bn", action="store_true", help="batch norm after the projector")
+    parser.add_argument("--output-bn", action=common.OnOff, help="batch norm after the projector")
     parser.add_argument("--ablate", choices=("predictor", "stop-gradient"), help="see it collapse")
     args = common.parse_args(parser, PRESETS)
     data = common.prepare(args, "byol")

@@ -558,12 +558,14 @@ def test_carl_oracles():
 
 
 def test_carl_starts_at_a_saddle():
-    """Undecided about every image, its gradient is zero; a little below, decided images lie."""
+    """Undecided about every image: no gradient, yet neither a minimum nor a maximum."""
     zeros = torch.zeros(6, 8, dtype=torch.float64, requires_grad=True)
-    carl_loss(zeros, zeros, 1.0).backward()
+    (carl_loss(zeros, zeros, 1.0) + carp_loss(zeros, zeros, 2, 1.0)).backward()
     assert zeros.grad.abs().max() < 1e-12
     logits = 0.1 * torch.eye(8, dtype=torch.float64)
-    assert carl_loss(logits, logits).item() < math.log(8)
+    for kl_weight in 0.0, 1.0:
+        assert carl_loss(logits, logits, kl_weight).item() < math.log(8)  # views that agree
+        assert carl_loss(logits, -logits, kl_weight).item() > math.log(8)  # views that do not
 
 
 def test_carl_kl_keeps_the_prototypes_in_use():

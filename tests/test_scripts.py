@@ -577,7 +577,8 @@ PRESET_CASES = [
 ]
 
 
-SLOW_AT_FIRST = {"byol": "4", "carl_carp": "5", "carl_carp --method carp": "5"}  # see their figures
+# epochs; others have three
+SLOW_AT_FIRST = {"byol": "4", "carl_carp": "5", "carl_carp --method carp": "5"}
 
 
 @pytest.mark.parametrize("method", METHODS)
