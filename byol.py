@@ -31,10 +31,7 @@ Differences
  4. Each view passes through the networks by itself, as in DeepMind's code: the two are not
     augmented alike, and batch norm should not mix their statistics.
  5. Optimiser on small images: see PRESETS. Paper: LARS, batch 4096.
- 6. --output-bn ends the projector in batch norm without a slope, as SimSiam's ends. The paper has
-    none. The preset of shapes has it (--no-output-bn: the paper's heads). A collapse then shows as
-    few directions, since single features keep their deviation.
- 7. More than two views (--views): the mean of the loss over all pairs of views.
+ 6. More than two views (--views): the mean of the loss over all pairs of views.
 """
 
 import copy
@@ -65,18 +62,13 @@ def byol_loss(p1: torch.Tensor, z2_target: torch.Tensor) -> torch.Tensor:
 class BYOL(nn.Module):
     """Online: backbone, projector, predictor. Target: the moving average of the first two.
 
-    output_bn: whether the projector ends in batch norm (difference 6).
     ablate: None, or what to leave out to see the collapse: "predictor", or "stop-gradient" (the
     online network is its own target, and both sides of the loss take gradient)."""
 
-    def __init__(
-        self, backbone, hidden_dim=4096, dim=256, ema_decay=0.99, output_bn=False, ablate=None
-    ):
+    def __init__(self, backbone, hidden_dim=4096, dim=256, ema_decay=0.99, ablate=None):
         super().__init__()
         self.backbone = backbone
         self.projector = common.mlp(backbone.num_features, hidden_dim, dim)
-        if output_bn:  # without a slope of its own: every feature has mean 0 and deviation 1
-            self.projector.append(nn.BatchNorm1d(dim, affine=False))
         self.predictor = common.mlp(dim, hidden_dim, dim)
         if ablate == "predictor":
             self.predictor = nn.Identity()
@@ -158,7 +150,6 @@ PRESETS = {
         "color_strength": 0.5,
         "hidden_dim": 1024,
         "ema_decay": 0.96,  # there are 496 steps: the target has to move
-        "output_bn": True,
         "knn_every": 4,
     },
 }
@@ -169,12 +160,11 @@ def main():
     parser.add_argument("--ema-decay", type=common.fraction, default=0.996, help="tau_0, at start")
     parser.add_argument("--hidden-dim", type=common.count, default=4096, help="of both heads")
     parser.add_argument("--dim", type=common.count, default=256, help="of the projections, D")
-    parser.add_argument("--output-bn", action=common.OnOff, help="batch norm after the projector")
     parser.add_argument("--ablate", choices=("predictor", "stop-gradient"), help="see it collapse")
     args = common.parse_args(parser, PRESETS)
     data = common.prepare(args, "byol")
     backbone = common.resnet(args.arch, args.stem)
-    model = BYOL(backbone, args.hidden_dim, args.dim, args.ema_decay, args.output_bn, args.ablate)
+    model = BYOL(backbone, args.hidden_dim, args.dim, args.ema_decay, args.ablate)
     recipes = common.asymmetric(args.views, args.color_strength, args.crop_min, args.blur)
     common.train("byol", model, data, recipes, args)
 
