@@ -20,7 +20,6 @@ import contextlib
 import ctypes
 import dataclasses
 import errno
-import functools
 import hashlib
 import itertools
 import json
@@ -1091,7 +1090,6 @@ def number(kind, low, high=math.inf):
     return parse
 
 
-OnOff = functools.partial(argparse.BooleanOptionalAction, default=False)  # --flag and --no-flag
 whole, count = number(int, 0, 2**31), number(int, 1, 2**31)
 fraction, positive = number(float, 0, 1), number(float, 1e-9)
 

@@ -38,6 +38,7 @@ Differences
  8. More than two views (--views): the mean over pairs, each updating the state in turn.
 """
 
+import argparse
 import itertools
 
 import torch
@@ -197,7 +198,8 @@ def main():
     parser.add_argument("--eps", type=common.number(float, 1e-15), default=1e-8, help="on diagonal")
     parser.add_argument("--hidden-dim", type=common.count, default=2048, help="of the projector")
     parser.add_argument("--dim", type=common.count, default=64, help="of the projections, D")
-    parser.add_argument("--projector-bn", action=common.OnOff, help="batch norm in the projector")
+    on_off = {"action": argparse.BooleanOptionalAction, "default": False}
+    parser.add_argument("--projector-bn", **on_off, help="batch norm in the projector")
     parser.add_argument("--ablate", choices=("logdet",), help="see it collapse")
     args = common.parse_args(parser, PRESETS)
     data = common.prepare(args, "corinfomax")
