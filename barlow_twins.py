@@ -70,6 +70,7 @@ class BarlowTwins(nn.Module):
     def __init__(self, backbone, hidden_dim=2048, dim=2048, off_diag_weight=0.0051, loss_scale=1.0):
         super().__init__()
         self.backbone = backbone
+        self.concat_views = False  # as in the official code: see difference 4
         widths = backbone.num_features, hidden_dim, hidden_dim, dim
         self.projector = common.mlp(*widths, bias=False, last_bias=False)
         self.off_diag_weight, self.loss_scale = off_diag_weight, loss_scale
@@ -77,7 +78,7 @@ class BarlowTwins(nn.Module):
     def forward(self, views, y=None):
         """views: V of [B, 3, H, W]; y: [B], not used. Returns (loss, terms), the terms before
         loss_scale."""
-        z = [self.projector(self.backbone(x)) for x in views]  # V of [B, D]
+        z = common.each_view(views, self.concat_views, self.backbone, self.projector)  # V of [B, D]
         pairs = list(itertools.combinations(z, 2))
         loss = sum(barlow_twins_loss(z1, z2, self.off_diag_weight) for z1, z2 in pairs) / len(pairs)
         with torch.no_grad():

@@ -68,6 +68,7 @@ class BYOL(nn.Module):
     def __init__(self, backbone, hidden_dim=4096, dim=256, ema_decay=0.99, ablate=None):
         super().__init__()
         self.backbone = backbone
+        self.concat_views = False  # as in DeepMind's code: see difference 4
         self.projector = common.mlp(backbone.num_features, hidden_dim, dim)
         self.predictor = common.mlp(dim, hidden_dim, dim)
         if ablate == "predictor":
@@ -81,14 +82,14 @@ class BYOL(nn.Module):
 
     def forward(self, views, y=None):
         """views: V of [B, 3, H, W]; y: [B], not used. Returns (loss, terms)."""
-        z = [self.projector(self.backbone(x)) for x in views]  # V of [B, D]
-        p = [self.predictor(z_v) for z_v in z]  # V of [B, D]
+        z = common.each_view(views, self.concat_views, self.backbone, self.projector)  # V of [B, D]
+        p = common.each_view(z, self.concat_views, self.predictor)  # V of [B, D]
         if self.ablate == "stop-gradient":
             z_target, loss_of = z, self.both_ways_loss
         else:
             loss_of = byol_loss
             with torch.no_grad():
-                z_target = [self.target(x) for x in views]  # V of [B, D]
+                z_target = common.each_view(views, self.concat_views, self.target)  # V of [B, D]
         pairs = list(itertools.combinations(range(len(views)), 2))
         losses = [loss_of(p[i], z_target[j]) + loss_of(p[j], z_target[i]) for i, j in pairs]
         loss = sum(losses) / len(pairs)

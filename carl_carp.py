@@ -35,7 +35,7 @@ Differences. Some of S001 does not work as printed; here is what it means.
  4. Eq. 6.2 counts N_P + 1 blocks, 6.8 leaves j open, 6.9 averages and negates twice: one mean here.
  5. The listing stops the gradient on one side of each half: half of this gradient, same direction.
  6. sthalles/carp is the later, published CARP with a momentum teacher. This is the thesis's.
- 7. More than two views (--views): the mean of the loss over all pairs of views.
+ 7. All views pass in one batch: S001 does not say. More than two: the mean over their pairs.
 """
 
 import itertools
@@ -110,7 +110,7 @@ class CARLCARP(nn.Module):
         kl_start=4.0, kl_end=1.5, kl_decay=0.5, ablate=None,
     ):  # fmt: skip
         super().__init__()
-        self.backbone, self.num_blocks = backbone, num_blocks
+        self.backbone, self.num_blocks, self.concat_views = backbone, num_blocks, True
         self.projector = common.mlp(backbone.num_features, hidden_dim, dim)
         widths = (dim, num_prototypes) if num_blocks is None else (dim, hidden_dim, num_prototypes)
         self.prototypes = common.mlp(*widths, last_bias=False)  # eq. 5.2: inner products alone
@@ -119,17 +119,17 @@ class CARLCARP(nn.Module):
         self.after_step(0.0)
 
     def forward(self, views, y=None):
-        """views: V of [B, 3, H, W], passed as one batch; y: not used. Returns (loss, terms)."""
-        scores = self.prototypes(self.projector(self.backbone(torch.cat(list(views)))))  # [VB, K]
-        pairs = list(itertools.combinations(scores.chunk(len(views)), 2))
-        partition = torch.randperm(scores.shape[1], device=scores.device)  # S001 6.3: at every step
+        """views: V of [B, 3, H, W]; y: not used. Returns (loss, terms)."""
+        networks = self.backbone, self.projector, self.prototypes
+        scores = common.each_view(views, self.concat_views, *networks)  # V of [B, K]
+        pairs = list(itertools.combinations(scores, 2))
+        partition = torch.randperm(scores[0].shape[1], device=views[0].device)  # 6.3: every step
 
         def mean_loss(kl_weight):
             if self.num_blocks is None:
-                losses = [carl_loss(a, b, kl_weight) for a, b in pairs]
-            else:
-                losses = [carp_loss(a, b, self.num_blocks, kl_weight, partition) for a, b in pairs]
-            return sum(losses) / len(pairs)
+                return sum(carl_loss(a, b, kl_weight) for a, b in pairs) / len(pairs)
+            blocks = self.num_blocks, kl_weight, partition
+            return sum(carp_loss(a, b, *blocks) for a, b in pairs) / len(pairs)
 
         with torch.no_grad():
             consistency, both = mean_loss(0.0), mean_loss(1.0)

@@ -502,7 +502,8 @@ def resized_crop(x, top, left, height, width, size, flip=None, interpolation="bi
 
 def luma(x):
     """[B, 3, H, W] -> [B, 1, H, W], with torchvision's weights."""
-    return 0.2989 * x[:, 0:1] + 0.587 * x[:, 1:2] + 0.114 * x[:, 2:3]
+    red, green, blue = x.split(1, 1)
+    return (0.2989 * red).add_(green, alpha=0.587).add_(blue, alpha=0.114)
 
 
 def grayscale(x):
@@ -548,7 +549,7 @@ def color_jitter(x, brightness, contrast, saturation, hue, order):
         factor = factors[:, position].masked_fill(~wanted, 1).view(-1, 1, 1, 1)
         gray = luma(x)
         target = torch.where(kind == 1, gray.mean((2, 3), keepdim=True), gray) * (kind != 0)
-        return (target + factor * (x - target)).clamp(0, 1)
+        return torch.lerp(target, x, factor).clamp_(0, 1)  # target + factor * (x - target)
 
     for position in 0, 1, 2:
         x = blend(x, position, position < hue_at)

@@ -109,6 +109,7 @@ class CorInfoMax(nn.Module):
     ):  # fmt: skip
         super().__init__()
         self.backbone = backbone
+        self.concat_views = False  # as in the official code: see difference 6
         widths = backbone.num_features, hidden_dim, hidden_dim, dim
         self.projector = common.mlp(*widths, batch_norm=batch_norm, last_bias=False)
         self.criterion = CorInfoMaxLoss(dim, alpha, forgetting, eps, ablate != "logdet")
@@ -118,7 +119,7 @@ class CorInfoMax(nn.Module):
 
         loss_inv, ldmi (S003 eq. 3.6): of the batch, views 1 and 2. eig_...: quantiles of the
         eigenvalues of R1, from the least to the largest. S003 figures 5.1-5.3."""
-        z = [self.projector(self.backbone(x)) for x in views]  # V of [B, D]
+        z = common.each_view(views, self.concat_views, self.backbone, self.projector)  # V of [B, D]
         pairs = list(itertools.combinations(z, 2))
         loss = sum(self.criterion(z1, z2) for z1, z2 in pairs) / len(pairs)
         with torch.no_grad():

@@ -62,6 +62,7 @@ class SimCLR(nn.Module):
     def __init__(self, backbone, hidden_dim=512, dim=128, temperature=0.5):
         super().__init__()
         self.backbone = backbone
+        self.concat_views = True  # as in the TensorFlow code: batch norm sees all views
         self.projector = nn.Sequential(
             nn.Linear(backbone.num_features, hidden_dim),
             nn.BatchNorm1d(hidden_dim),
@@ -71,12 +72,8 @@ class SimCLR(nn.Module):
         self.temperature = temperature
 
     def forward(self, views, y=None):
-        """views: V of [B, 3, H, W]; y: [B], not used. Returns (loss, terms).
-
-        All views pass in one batch, so that batch norm sees them together, as in the TensorFlow
-        code: a network could otherwise tell the views apart by their statistics."""
-        h = self.backbone(torch.cat(list(views)))  # [VB, F]
-        z = self.projector(h).chunk(len(views))  # V of [B, D]
+        """views: V of [B, 3, H, W]; y: [B], not used. Returns (loss, terms)."""
+        z = common.each_view(views, self.concat_views, self.backbone, self.projector)  # V of [B, D]
         pairs = list(itertools.combinations(z, 2))
         loss = sum(nt_xent_loss(z1, z2, self.temperature) for z1, z2 in pairs) / len(pairs)
         return loss, {"mi_bound": math.log(2 * len(z[0]) - 1) - loss.detach()}

@@ -96,17 +96,17 @@ class SupConTCL(nn.Module):
         if loss == "cross_entropy":
             self.head = nn.Linear(features, num_classes)
         self.loss, self.self_supervised = loss, self_supervised
+        self.concat_views = True  # as in the official code
         self.temperature, self.k1, self.k2 = temperature, k1, k2
 
     def forward(self, views, y):
-        """views: V of [B, 3, H, W], passed as one batch; y: [B]. Returns (loss, terms)."""
-        z = self.head(self.backbone(torch.cat(list(views))))  # [VB, D], or scores of the classes
-        if self.self_supervised:
-            y = torch.arange(len(views[0]), device=z.device)
+        """views: V of [B, 3, H, W]; y: [B]. Returns (loss, terms)."""
+        z = common.each_view(views, self.concat_views, self.backbone, self.head)
+        z = torch.cat(z)  # [VB, D], or scores of the classes
+        y = torch.arange(len(views[0]), device=z.device) if self.self_supervised else y
         y = y.repeat(len(views))  # [VB]
         if self.loss == "cross_entropy":
-            z = z.to(torch.promote_types(z.dtype, torch.float32))
-            loss = F.cross_entropy(z, y)
+            loss = F.cross_entropy(z.to(torch.promote_types(z.dtype, torch.float32)), y)
         elif self.loss == "tcl":
             loss = tcl_loss(z, y, self.temperature, self.k1, self.k2)
         else:

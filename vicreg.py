@@ -75,6 +75,7 @@ class VICReg(nn.Module):
     def __init__(self, backbone, hidden_dim=2048, dim=2048, weights=(25.0, 25.0, 1.0), ablate=None):
         super().__init__()
         self.backbone = backbone
+        self.concat_views = False  # as in the official code
         widths = backbone.num_features, hidden_dim, hidden_dim, dim
         self.projector = common.mlp(*widths, last_bias=False)
         sim_weight, var_weight, cov_weight = weights
@@ -82,7 +83,7 @@ class VICReg(nn.Module):
 
     def forward(self, views, y=None):
         """views: V of [B, 3, H, W]; y: [B], not used. Returns (loss, terms)."""
-        z = [self.projector(self.backbone(x)) for x in views]  # V of [B, D]
+        z = common.each_view(views, self.concat_views, self.backbone, self.projector)  # V of [B, D]
         pairs = list(itertools.combinations(z, 2))
 
         def mean_loss(*weights):
