@@ -809,6 +809,15 @@ def mlp(*widths, batch_norm=True, bias=True, last_bias=True) -> nn.Sequential:
     return nn.Sequential(*layers, nn.Linear(*widths[-2:], bias=last_bias))
 
 
+def each_view(views, together, *networks):
+    """Each of the V views passed through all networks in turn: a list of V tensors. together: in
+    one pass, in which batch norm sees all views at once and a GPU has half as much to launch."""
+    stacked = [torch.cat(list(views))] if together else views
+    for network in networks:
+        stacked = [network(x) for x in stacked]
+    return list(stacked[0].chunk(len(views))) if together else stacked
+
+
 # --------------------------------------------------------------------------------------------------
 # Optimisation
 
@@ -1130,6 +1139,8 @@ def base_parser(description):
     p.add_argument("--blur", type=fraction, default=0.0, help="probability of Gaussian blur")
     p.add_argument("--increase-mi", choices=tuple(MI_WEIGHTS), help="ip, mib decrease it (S002)")
     p.add_argument("--mi-weight", type=number(float, 0), help="default: 1 rc, lbe; 5e-4 ip, mib")
+    p.add_argument("--concat-views", action=argparse.BooleanOptionalAction, help="one forward pass "
+                   "for all views (default: as the method's official code)")
     p.add_argument("--out", help="folder of the run (default: runs/METHOD_DATASET_ARCH)")
     p.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
     p.add_argument("--knn-every", type=whole, default=10, help="epochs between kNN figures; 0 none")
@@ -1338,6 +1349,8 @@ def save_views(images, augment, rng, path):
 
 def train(method, model, data, recipes, args):
     """Train `model`, a method, with one view per recipe, and write the run to args.out."""
+    if args.concat_views is not None:
+        model.concat_views = args.concat_views
     if args.increase_mi:
         model = MutualInformation(model, args.increase_mi, args.mi_weight, args.image_size)
     model = model.to(args.device, memory_format=torch.channels_last).train()
