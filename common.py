@@ -26,6 +26,7 @@ import json
 import math
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -777,6 +778,7 @@ def evaluation_view(images, size, mean, std):
 ARCHITECTURES = ("resnet18", "resnet34", "resnet50", "resnet101")
 STEMS, PRECISIONS = ("auto", "small", "imagenet"), ("bf16", "fp16", "fp32")
 OPTIMIZERS, SCALINGS = ("sgd", "lars", "adam", "adamw"), ("linear", "sqrt", "none")
+COMPILE_MODES = ("off", "default", "reduce-overhead", "max-autotune")
 
 
 def resnet(arch="resnet18", stem="small") -> nn.Module:
@@ -1141,6 +1143,7 @@ def base_parser(description):
     p.add_argument("--mi-weight", type=number(float, 0), help="default: 1 rc, lbe; 5e-4 ip, mib")
     p.add_argument("--concat-views", action=argparse.BooleanOptionalAction, help="one forward pass "
                    "for all views (default: as the method's official code)")
+    p.add_argument("--compile", choices=COMPILE_MODES, help="mode (default: by what pays here)")
     p.add_argument("--out", help="folder of the run (default: runs/METHOD_DATASET_ARCH)")
     p.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
     p.add_argument("--knn-every", type=whole, default=10, help="epochs between kNN figures; 0 none")
@@ -1195,6 +1198,24 @@ def resolve_hardware(args):
     torch.backends.cudnn.benchmark = True  # every batch has the same shape
 
 
+def resolve_compile(args):
+    """torch.compile where it pays: on a GPU. It needs a C++ compiler, whatever the device."""
+    compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
+    if args.compile is None:
+        cuda = torch.device(args.device).type == "cuda"
+        args.compile = "default" if cuda and compiler else "off"
+    missing = f"--compile {args.compile} needs a C++ compiler (g++): install one, or --compile off"
+    check(args.compile == "off" or compiler, missing)
+
+
+def compiled(function, args):
+    """`function` as one graph for one set of shapes, or as it is with --compile off."""
+    if args.compile == "off":
+        return function
+    mode = None if args.compile == "default" else args.compile
+    return torch.compile(function, fullgraph=True, dynamic=False, mode=mode)
+
+
 def autocast(args):
     """The context in which networks run. Losses leave it again, for full precision."""
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[args.precision]
@@ -1223,6 +1244,7 @@ def prepare(args, method) -> Dataset:
     check(args.increase_mi or args.mi_weight is None, "--mi-weight needs --increase-mi")
     if args.increase_mi and args.mi_weight is None:
         args.mi_weight = MI_WEIGHTS[args.increase_mi]
+    resolve_compile(args)
     torch.manual_seed(args.seed)  # the initial weights
     return data.to(args.device)
 
@@ -1250,13 +1272,23 @@ class Progress:
 
     def __init__(self, label, steps, batch_size):
         self.label, self.steps, self.batch_size = label, steps, batch_size
-        self.terminal, self.start = sys.stdout.isatty(), time.time()
+        self.terminal = sys.stdout.isatty()
+        self.restart()
+
+    def restart(self, done=0):
+        """Leave out of the rate the steps that are done. Returns the seconds that they took."""
+        before, self.start, self.first = getattr(self, "start", 0), time.time(), done
         self.last = self.start
+        return self.start - before
+
+    def rate(self, done):
+        """Images per second."""
+        return (done - self.first) * self.batch_size / max(time.time() - self.start, 1e-9)
 
     def update(self, done, loss_sum):
         now = time.time()
         if now - self.last >= (0.5 if self.terminal else 60):
-            self.last, rate = now, done / (now - self.start)
+            self.last, rate = now, self.rate(done) / self.batch_size
             bar = f"[{'#' * (20 * done // self.steps):20}]" if self.terminal else f"step {done}"
             text = f"{self.label} {bar} loss {float(loss_sum) / done:.4f}"
             left = f"{rate * self.batch_size:.0f} img/s, {(self.steps - done) / rate:.0f} s left"
@@ -1372,6 +1404,9 @@ def train(method, model, data, recipes, args):
         folder.untrained = knn_monitor(model.backbone, data, args) if with_knn else None
     elif done == args.epochs:  # stopped while it saved: the encoder may be older than the rest
         folder.save(model, optimizer, scaler, done, step)
+    forward, compiling = compiled(model, args), args.compile != "off"
+    if not recipes[0].policy:  # which goes by groups of images, of any size
+        augment.apply = compiled(augment.apply, args)
 
     for epoch in range(done + 1, args.epochs + 1):
         bar, sums = Progress(f"epoch {epoch}/{args.epochs}", steps, args.batch_size), {}
@@ -1381,9 +1416,10 @@ def train(method, model, data, recipes, args):
             for group in optimizer.param_groups:
                 group["lr"] = lr
             torch.manual_seed(derived_seed(args.seed, "model", step))  # for what the model draws
+            torch.compiler.cudagraph_mark_step_begin()  # what the last step made may be overwritten
             views = augment(images, generator(args.seed, "augment", step, args.device))
             with autocast(args):
-                loss, terms = model(views, labels)
+                loss, terms = forward(views, labels)
             scaler.scale(loss).backward()
             scaler.step(optimizer)
             scaler.update()
@@ -1393,13 +1429,16 @@ def train(method, model, data, recipes, args):
                 model.after_step(step / total)
             for key, value in {"loss": loss, **terms}.items():  # summed where they are, read later
                 sums[key] = sums.get(key, 0) + value.detach().float()
+            if compiling:  # its first step; the time of an epoch is that of the others
+                sums["loss"].item()
+                compiling, seconds = False, bar.restart(i)
+                bar.show(f"compiled and made the first step in {seconds:.0f} s")
             bar.update(i, sums["loss"])
 
         entry = {"epoch": epoch, "step": step}
         entry |= {key: float(value) / steps for key, value in sums.items()}
         check(math.isfinite(entry["loss"]), f"the loss is not finite: {entry}; try a lower --lr")
-        speed = steps * args.batch_size / (time.time() - bar.start)
-        entry |= {"lr": lr, "images_per_second": round(speed, 1)}
+        entry |= {"lr": lr, "images_per_second": round(bar.rate(steps), 1)}
         features = encode(model.backbone, data.train.spread(1024), args, data)
         check(features.isfinite().all(), f"the features are not finite: {entry}; try a lower --lr")
         entry |= collapse_figures(features)

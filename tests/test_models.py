@@ -1,8 +1,10 @@
 """The models: each forward pass against its loss and its network written out, who takes gradient
 and who does not, what `after_step` does step by step, and the terms that any method can add."""
 
+import functools
 import itertools
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -75,6 +77,69 @@ def mean_over_pairs(loss, stacks):
 
 # --------------------------------------------------------------------------------------------------
 # What every model promises
+
+
+class Stages(nn.Module):
+    """A backbone with a ResNet's names, and without state that Python keeps."""
+
+    num_features = 10
+
+    def __init__(self):
+        super().__init__()
+        self.layer2, self.layer3 = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 10, 3)
+        self.norm = nn.BatchNorm1d(10)
+
+    def forward(self, x):
+        return self.norm(self.layer3(self.layer2(x).relu()).mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    "name, term",
+    [(name, None) for name in MODELS]
+    + list(itertools.product(("simclr", "byol"), common.MI_WEIGHTS)),
+)
+def test_one_graph_for_all_steps(name, term, monkeypatch):
+    """fullgraph, and nothing that changes from step to step (EMA decay, KL weight, partition) makes
+    torch.compile start again; what it captured gives the loss of the model as it is."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    losses, counters = {}, torch._dynamo.utils.counters
+    for mode in "off", "default":
+        torch._dynamo.reset()
+        counters.clear()
+        torch.manual_seed(0)
+        model = MODELS[name](Stages()).train()
+        if term:
+            model = common.MutualInformation(model, term, 0.1, 8)
+        forward = common.compiled(model, SimpleNamespace(compile=mode))
+        optimizer, losses[mode] = torch.optim.SGD(model.parameters(), 0.01), []
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            for step in range(4):
+                torch.manual_seed(step)
+                loss, _ = forward([x.float() for x in make_views(2)], LABELS)
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                if hasattr(model, "after_step"):
+                    model.after_step((step + 1) / 4)
+                losses[mode].append(loss.item())
+        assert counters["stats"]["unique_graphs"] == (0 if mode == "off" else 1)
+    assert losses["default"] == losses["off"] and len(set(losses["off"])) == 4
+
+
+@pytest.mark.parametrize("together", [True, False])
+@pytest.mark.parametrize("name", MODELS)
+def test_views_pass_together_or_apart(name, together):
+    """concat_views: batch norm sees ten images at once, or five of each view."""
+    model = build(name)
+    assert model.concat_views == (name in TOGETHER)
+    model.concat_views = together
+    loss, _ = model(make_views(2), LABELS)
+    assert model.backbone.sizes == ([10] if together else [5, 5])
+    if name == "byol":
+        assert model.target[0].sizes == model.backbone.sizes
+    other = build(name)
+    other.concat_views = not together
+    assert loss != other(make_views(2), LABELS)[0]
 
 
 @pytest.mark.parametrize("views", [2, 3])

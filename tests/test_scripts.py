@@ -136,6 +136,55 @@ first_method = pytest.mark.parametrize("finished", ["simclr"], indirect=True)
 
 
 # --------------------------------------------------------------------------------------------------
+# The compiler
+
+
+@pytest.fixture
+def eager_backend(monkeypatch):
+    """torch.compile without its code generator: it captures graphs, and runs them as they are."""
+    capture = functools.partial(torch.compile, backend="eager")
+    monkeypatch.setattr(torch, "compile", capture)
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        yield torch._dynamo.utils.counters
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("finished", ["byol", "supcon_tcl"], indirect=True)
+def test_compiled_once_for_all_epochs(finished, tmp_path, eager_backend):
+    """One graph for the model, one for its views; none for AutoAugment, by groups of any size.
+    (Each model by itself: tests/test_models.py.)"""
+    eager_backend.clear()
+    argv = [*finished.argv, "--compile", "default", "--out", tmp_path / "run"]
+    stdout = succeed(finished.script, *argv)
+    assert eager_backend["stats"]["unique_graphs"] == (1 if finished.name == "supcon" else 2)
+    assert stdout.count("compiled and made the first step in") == 1
+    theirs = load(finished.out / "encoder.pt")["state_dict"]
+    assert same_tensors(load(tmp_path / "run" / "encoder.pt")["state_dict"], theirs)
+    shutil.rmtree(tmp_path / "run")
+
+
+def test_compile_needs_a_compiler(folder, monkeypatch):
+    store(toy(), "toy.pt")
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    message = fail("simclr", "--dataset", "toy.pt", *TINY, "--compile", "default")
+    assert "--compile default needs a C++ compiler" in message and "--compile off" in message
+    assert listing(folder).keys() == {folder / "toy.pt"}
+    succeed("simclr", "--dataset", "toy.pt", *TINY)  # the default goes without
+
+
+def test_views_together_or_apart_by_flag(folder):
+    store(toy(), "toy.pt")
+    runs = {}
+    for flag in "", "--concat-views", "--no-concat-views":
+        succeed("byol", "--dataset", "toy.pt", *TINY, *([flag] if flag else []), "--out", "run")
+        runs[flag] = load("run/encoder.pt")["state_dict"]
+        shutil.rmtree("run")
+    assert same_tensors(runs[""], runs["--no-concat-views"])
+    assert not same_tensors(runs[""], runs["--concat-views"])
+
+
+# --------------------------------------------------------------------------------------------------
 # What a run writes
 
 
