@@ -1182,6 +1182,7 @@ def test_augmentation_on_cuda_equals_that_on_cpu():
     d = augment.draw(32, 40, 40, rng())
     stack = images.repeat(2, 1, 1, 1)
     on_cpu = augment.apply(stack, d)
+    augment = common.Augment([FIRST, SECOND], 32, MEAN, STD, "cuda")
     on_cuda = augment.apply(stack.cuda(), {key: value.cuda() for key, value in d.items()})
     assert on_cuda.is_cuda and on_cuda.is_contiguous(memory_format=torch.channels_last)
     differs = (on_cuda.cpu() - on_cpu).abs() > 1e-3
@@ -1205,7 +1206,7 @@ def test_one_bf16_step_on_cuda_is_finite():
     torch.manual_seed(0)
     model = SimCLR(common.resnet()).cuda().to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(common.param_groups(model, 5e-4), lr=0.1)
-    augment = common.Augment(common.symmetric(), 32, MEAN, STD)
+    augment = common.Augment(common.symmetric(), 32, MEAN, STD, "cuda")
     views = augment(noise_bytes(64, 32).cuda(), common.generator(0, "augment", 0, "cuda"))
     with torch.autocast("cuda", dtype=torch.bfloat16):
         loss, terms = model(views, torch.zeros(64, dtype=torch.int64, device="cuda"))
