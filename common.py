@@ -475,16 +475,15 @@ def resampling_matrix(start, length, size_in, size_out, interpolation):
     step = length / size_out  # input pixels per output pixel
     centre = (torch.arange(size_out, device=start.device)[:, None] + 0.5) * step
     pixel = torch.arange(size_in, device=start.device) - start  # counted from the crop's border
-    t = ((pixel + 0.5 - centre) / step.clamp(min=1)).abs()
-    if interpolation == "bilinear":
-        weight = (1 - t).clamp(min=0)
-    elif interpolation == "bicubic":
-        near, far = (1.5 * t - 2.5) * t * t + 1, ((-0.5 * t + 2.5) * t - 4) * t + 2
-        weight = torch.where(t < 1, near, far * (t < 2))
-    else:
+    t = ((pixel + 0.5 - centre) / step.clamp(min=1)).abs_()
+    weight = u = (1 - t).clamp_(min=0)
+    if interpolation == "bicubic":  # both pieces of the cubic, by what is left to their ends
+        v = (2 - t).clamp_(min=0)
+        weight = (1 - 2 * u).mul_(u).mul_(u).add_((v - 1).mul_(v).mul_(v), alpha=0.5)
+    elif interpolation != "bilinear":
         raise ValueError(f"interpolation {interpolation!r} is neither 'bilinear' nor 'bicubic'")
-    weight = weight * ((pixel >= 0) & (pixel < length))
-    return weight / weight.sum(-1, keepdim=True)
+    weight.mul_((pixel >= 0) & (pixel < length))
+    return weight.div_(weight.sum(-1, keepdim=True))
 
 
 def resized_crop(x, top, left, height, width, size, flip=None, interpolation="bicubic"):
@@ -498,7 +497,8 @@ def resized_crop(x, top, left, height, width, size, flip=None, interpolation="bi
     columns = resampling_matrix(left, width, x.shape[3], out_w, interpolation)
     if flip is not None:
         columns = torch.where(flip[:, None, None], columns.flip(1), columns)
-    return rows[:, None].to(x.dtype) @ (x @ columns[:, None].mT.to(x.dtype))
+    narrow = x.flatten(1, 2) @ columns.mT.to(x.dtype)  # [B, C H, w]
+    return rows[:, None].to(x.dtype) @ narrow.unflatten(1, x.shape[1:3])
 
 
 def luma(x):
@@ -521,16 +521,19 @@ def shift_hue(x, shift):
     """Turn the hue of x [B, 3, H, W] by shift [B], in turns; HSV's saturation and value stay.
 
     The way to HSV and back reduces to min + (max - min) * trapezoid(hue), one for each channel."""
-    high, low = x.amax(1, keepdim=True), x.amin(1, keepdim=True)
     r, g, b = x.split(1, 1)
+    high, low = r.maximum(g).maximum(b), r.minimum(g).minimum(b)
     chroma = high - low
-    divisor = chroma.masked_fill(chroma == 0, 1)
+    divisor = chroma.clamp(min=1e-12)
     hue = torch.where(high == g, 2 + (b - r) / divisor, 4 + (r - g) / divisor)
     hue = torch.where(high == r, (g - b) / divisor, hue)  # in sixths of a turn
     hue = hue + 6 * shift.view(-1, 1, 1, 1)
     hue = hue - 6 * (hue / 6).floor()
-    trapezoid = torch.cat([(hue - 3).abs() - 1, 2 - (hue - 2).abs(), 2 - (hue - 4).abs()], 1)
-    return low + chroma * trapezoid.clamp(0, 1)
+    trapezoid = torch.empty_like(x)
+    trapezoid[:, 0:1] = (hue - 3).abs() - 1
+    trapezoid[:, 1:2] = 2 - (hue - 2).abs()
+    trapezoid[:, 2:3] = 2 - (hue - 4).abs()
+    return trapezoid.clamp_(0, 1).mul_(chroma).add_(low)
 
 
 def color_jitter(x, brightness, contrast, saturation, hue, order):
@@ -549,7 +552,8 @@ def color_jitter(x, brightness, contrast, saturation, hue, order):
         kind = order[:, position].view(-1, 1, 1, 1)
         factor = factors[:, position].masked_fill(~wanted, 1).view(-1, 1, 1, 1)
         gray = luma(x)
-        target = torch.where(kind == 1, gray.mean((2, 3), keepdim=True), gray) * (kind != 0)
+        mean = gray.mean((2, 3), keepdim=True) * (kind == 1)
+        target = gray.mul_(kind == 2).add_(mean)
         return torch.lerp(target, x, factor).clamp_(0, 1)  # target + factor * (x - target)
 
     for position in 0, 1, 2:
@@ -740,7 +744,7 @@ class Augment:
         if any(r.jitter_p for r in self.recipes):
             x = color_jitter(x, *(d[key] for key in (*FACTORS, "hue", "order")))
         if any(r.gray_p for r in self.recipes):
-            x = torch.where(d["gray"].view(-1, 1, 1, 1), grayscale(x), x)
+            x = torch.lerp(x, luma(x), d["gray"].view(-1, 1, 1, 1).float())  # 0: x, 1: its gray
         if any(r.blur_p for r in self.recipes):
             x = gaussian_blur(x, d["sigma"], self.kernel_size)
         if any(r.solarize_p for r in self.recipes):
