@@ -17,6 +17,8 @@ data     cached   SimCLR's step (forward, loss, backward, optimiser) on views th
 ladder   the cached step with one thing taken away: half precision, channels_last, one pass for all
          views, the fused optimiser, the compiler
 methods  the cached step of each method, with its preset for the dataset and this batch size
+accuracy (not by default) kNN after SimCLR has trained on views of ours and of torchvision's, with
+         several seeds: what is fast should not be worse
 
 Beside them, from the same run: what the machine reaches in matrix products and in copying, and what
 a kNN figure costs.
@@ -27,6 +29,7 @@ import contextlib
 import copy
 import functools
 import io
+import itertools
 import os
 import statistics
 import sys
@@ -236,6 +239,36 @@ def method_arms(argv, views):
     return arms
 
 
+def accuracy(argv, seeds):
+    """{pipeline: [kNN accuracy for each seed]} of SimCLR after --epochs, fed by either pipeline."""
+    found = {"ours": [], "torchvision": []}
+    for seed, (name, values) in itertools.product(range(seeds), found.items()):
+        model, data, recipes, args = build("simclr", [*argv, "--seed", str(seed)])
+        step, steps = Step(model, args), len(data.pretrain) // args.batch_size
+        augment = common.Augment(recipes, args.image_size, data.mean, data.std, args.device)
+        transform = torchvision_transform(recipes[0], args.image_size, data)
+        torch.manual_seed(seed)
+        loader = torch.utils.data.DataLoader(
+            PillowViews(data, transform), batch_size=args.batch_size, shuffle=True, drop_last=True,
+            num_workers=args.workers,
+        )  # fmt: skip
+        done, total, warmup = 0, steps * args.epochs, args.warmup_epochs * steps
+        for epoch in range(1, args.epochs + 1):
+            ours = common.training_batches(data.pretrain, epoch, args, recipes)
+            for batch in ours if name == "ours" else loader:
+                rng = common.generator(seed, "augment", done, args.device)
+                for group in step.optimizer.param_groups:
+                    group["lr"] = common.learning_rate(done, total, warmup, args.scaled_lr)
+                step(augment(batch[0], rng) if name == "ours" else batch)
+                done += 1
+        values.append(common.knn_monitor(step.model.backbone, data, args))
+        print(f"seed {seed}, {name}: kNN {values[-1]:.1%}", flush=True)
+    for name, values in found.items():
+        spread = statistics.stdev(values) if seeds > 1 else 0.0
+        print(f"{name}: {statistics.mean(values):.1%}, deviation {spread:.1%}")
+    return found
+
+
 def measure(arms, args):
     """{name: milliseconds of a step in each block}; the first block warms up and is left out."""
     times = {name: [] for name in arms}
@@ -306,7 +339,7 @@ def table(times, args, images, base, per_image=None, ceiling=None):
     return rows
 
 
-OWN = "blocks", "steps", "groups", "json"
+OWN = "blocks", "steps", "groups", "seeds", "json"
 
 
 def main():
@@ -314,9 +347,12 @@ def main():
     parser.set_defaults(batch_size=256)
     parser.add_argument("--blocks", type=common.number(int, 2), default=7, help="of each arm")
     parser.add_argument("--steps", type=common.count, default=2, help="in a block")
-    parser.add_argument("--groups", default="data,ladder,methods", help="which tables")
+    parser.add_argument("--groups", default="data,ladder,methods", help="also: accuracy")
+    parser.add_argument("--seeds", type=common.count, default=3, help="of the accuracy")
     parser.add_argument("--json", help="file to write the figures to")
     args = parser.parse_args()
+    wanted, known = args.groups.split(","), ("data", "ladder", "methods", "accuracy")
+    common.check(set(wanted) <= set(known), f"--groups {args.groups}: takes {', '.join(known)}")
     argv = ["--batch-size", str(args.batch_size)]  # what a method's script gets, with its presets
     for name, value in vars(args).items():
         if name not in OWN and value != parser.get_default(name):
@@ -333,8 +369,9 @@ def main():
     groups = {"data": lambda: data_arms(model, data, recipes, run),
               "ladder": lambda: ladder_arms(model, views, run),
               "methods": lambda: method_arms(argv, views)}  # fmt: skip
-    for group in args.groups.split(","):
-        common.check(group in groups, f"--groups {group}: none of {', '.join(groups)}")
+    if "accuracy" in wanted:
+        result["accuracy"] = accuracy(argv, args.seeds)
+    for group in [name for name in groups if name in wanted]:
         times, total = measure(groups[group](), run), len(data.pretrain)
         if group == "methods":  # whose sums are not counted
             result[group] = table(times, run, total, "simclr")

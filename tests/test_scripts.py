@@ -136,6 +136,30 @@ first_method = pytest.mark.parametrize("finished", ["simclr"], indirect=True)
 
 
 # --------------------------------------------------------------------------------------------------
+# The benchmark
+
+
+def test_benchmark_measures_every_arm(folder):
+    store(toy(), "toy.pt")
+    argv = [*CPU, "--dataset", "toy.pt", "--stem", "imagenet", "--batch-size", "16"]
+    argv += ["--blocks", "2", "--steps", "1", "--epochs", "1", "--seeds", "1", "--json", "out.json"]
+    table = succeed("benchmark", *argv, "--groups", "data,ladder,methods,accuracy")
+    found = json.loads(Path("out.json").read_text())
+    arms = {"cached", "real", "views", "pil 0", "usual", "plain"}
+    assert arms <= found["data"].keys() and len(found["ladder"]) == 5
+    assert len(found["methods"]) == 9 and found["accuracy"].keys() == {"ours", "torchvision"}
+    for group, base in ("data", "cached"), ("ladder", "cached"), ("methods", "simclr"):
+        assert found[group][base]["relative"] == 1
+        for name, row in found[group].items():
+            assert row["images_per_second"] == pytest.approx(16e3 / row["ms"]) and name in table
+            assert row["seconds_per_epoch"] == pytest.approx(64 * row["ms"] / 16e3)
+    step = found["data"]["cached"]
+    assert step["tflops"] == pytest.approx(found["flops_per_image"] / step["ms"] * 16e-9)
+    assert step["of_ceiling"] == step["tflops"] / found["ceilings"]["matmul_tflops"]
+    assert "takes data, ladder" in fail("benchmark", *argv, "--groups", "speed")
+
+
+# --------------------------------------------------------------------------------------------------
 # The compiler
 
 
