@@ -1329,7 +1329,7 @@ class RunFolder:
         needed = {"config", "epoch", "step", "model", "optimizer", "scaler", "log", "untrained"}
         right = right and needed <= saved.keys() and isinstance(saved["config"], dict)
         check(right, f"{path}: not a checkpoint of {self.method}")
-        free = {"resume", "out", "data_dir", "device", "workers", "scaled_lr"}  # not in the result
+        free = {"resume", "out", "data_dir", "device", "workers", "compile", "scaled_lr"}
         for key in sorted(vars(self.args)):
             now, then = getattr(self.args, key), saved["config"].get(key)
             what = f"--{key.replace('_', '-')} {then}, not {now}"
@@ -1408,7 +1408,7 @@ def train(method, model, data, recipes, args):
         folder.untrained = knn_monitor(model.backbone, data, args) if with_knn else None
     elif done == args.epochs:  # stopped while it saved: the encoder may be older than the rest
         folder.save(model, optimizer, scaler, done, step)
-    forward, compiling = compiled(model, args), args.compile != "off"
+    forward, apart, compiling = compiled(model, args), {}, args.compile != "off"
     if not recipes[0].policy:  # which goes by groups of images, of any size
         augment.apply = compiled(augment.apply, args)
 
@@ -1435,15 +1435,14 @@ def train(method, model, data, recipes, args):
                 sums[key] = sums.get(key, 0) + value.detach().float()
             if compiling:  # its first step; the time of an epoch is that of the others
                 sums["loss"].item()
-                compiling, seconds = False, bar.restart(i)
-                bar.show(f"compiled and made the first step in {seconds:.0f} s")
+                compiling, apart = False, {"compile_seconds": round(bar.restart(i), 1)}
             bar.update(i, sums["loss"])
 
         entry = {"epoch": epoch, "step": step}
         entry |= {key: float(value) / steps for key, value in sums.items()}
         check(math.isfinite(entry["loss"]), f"the loss is not finite: {entry}; try a lower --lr")
-        entry |= {"lr": lr, "images_per_second": round(bar.rate(steps), 1)}
-        features = encode(model.backbone, data.train.spread(1024), args, data)
+        entry |= {"lr": lr, "images_per_second": round(bar.rate(steps), 1)} | apart
+        apart, features = {}, encode(model.backbone, data.train.spread(1024), args, data)
         check(features.isfinite().all(), f"the features are not finite: {entry}; try a lower --lr")
         entry |= collapse_figures(features)
         if with_knn and (epoch == args.epochs or epoch % args.knn_every == 0):
