@@ -21,6 +21,7 @@ import ctypes
 import dataclasses
 import errno
 import hashlib
+import importlib.util
 import itertools
 import json
 import math
@@ -63,9 +64,12 @@ def run(main) -> None:
     ) as error:  # a DataLoader worker wraps it in a traceback: the last line is ours
         message = str(error).strip().splitlines()[-1].removeprefix("common.InputError: ")
     except (RuntimeError, MemoryError) as error:  # torch's allocators raise these, by device
-        if "alloc" not in str(error):
+        kinds, reason = [kind.__name__ for kind in type(error).__mro__], str(error).splitlines()
+        message = f"out of memory ({reason[0]}); a smaller --batch-size may fit" if reason else ""
+        if "TorchDynamoException" in kinds:
+            message = f"torch.compile failed ({reason[0]}); --compile off does without it"
+        elif not reason or "alloc" not in str(error):
             raise
-        message = f"out of memory ({str(error).splitlines()[0]}); a smaller --batch-size may fit"
     except OSError as error:
         message = f"{error.filename or 'file system'}: {error.strerror or error}"
     except KeyboardInterrupt:
@@ -524,7 +528,7 @@ def shift_hue(x, shift):
     r, g, b = x.split(1, 1)
     high, low = r.maximum(g).maximum(b), r.minimum(g).minimum(b)
     chroma = high - low
-    divisor = chroma.clamp(min=1e-12)
+    divisor = chroma + (chroma == 0)
     hue = torch.where(high == g, 2 + (b - r) / divisor, 4 + (r - g) / divisor)
     hue = torch.where(high == r, (g - b) / divisor, hue)  # in sixths of a turn
     hue = hue + 6 * shift.view(-1, 1, 1, 1)
@@ -550,7 +554,7 @@ def color_jitter(x, brightness, contrast, saturation, hue, order):
     def blend(x, position, wanted):
         # With black for brightness, the mean gray for contrast, the gray image for saturation.
         kind = order[:, position].view(-1, 1, 1, 1)
-        factor = factors[:, position].masked_fill(~wanted, 1).view(-1, 1, 1, 1)
+        factor = factors[:, position].masked_fill(~wanted, 1).view(-1, 1, 1, 1).to(x.dtype)
         gray = luma(x)
         mean = gray.mean((2, 3), keepdim=True) * (kind == 1)
         target = gray.mul_(kind == 2).add_(mean)
@@ -842,7 +846,7 @@ class LARS(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure=None):
         loss = None if closure is None else torch.enable_grad()(closure)()
-        for group in self.param_groups:  # _foreach_: one launch for all tensors, not one for each
+        for group in self.param_groups:  # _foreach_: few launches for all tensors
             params = [p for p in group["params"] if p.grad is not None]
             matrices = [p for p in params if p.ndim > 1]
             updates = {p: p.grad for p in params}
@@ -873,14 +877,15 @@ def param_groups(model, weight_decay):
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0}]
 
 
-def make_optimizer(model, args):
+def make_optimizer(model, args, fused=True):
+    """fused: one launch for a step, where the optimiser is torch's; None leaves it to torch."""
     groups = param_groups(model, args.weight_decay)
     if args.optimizer == "lars":
         return LARS(groups, args.scaled_lr, args.momentum)
     if args.optimizer == "sgd":
-        return torch.optim.SGD(groups, args.scaled_lr, args.momentum, fused=True)
+        return torch.optim.SGD(groups, args.scaled_lr, args.momentum, fused=fused)
     adam = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[args.optimizer]
-    return adam(groups, args.scaled_lr, fused=True)
+    return adam(groups, args.scaled_lr, fused=fused)
 
 
 def learning_rate(step, total, warmup, base, final=0.0):
@@ -956,6 +961,7 @@ def collapse_figures(features):
     effective_rank: exp of the entropy of the centred features' normalised singular values (Roy &
     Vetterli 2007): how many directions are in use."""
     unit, centred = F.normalize(features.float()), (features - features.mean(0)).double()
+    centred = centred.T if len(centred) < centred.shape[1] else centred  # the smaller of two grams
     singular = torch.linalg.eigvalsh(centred.T @ centred).clamp(min=0).sqrt()
     share = (singular / singular.sum().clamp(min=1e-12)).clamp(min=1e-12)
     rank = torch.exp(-(share * share.log()).sum())
@@ -1145,9 +1151,10 @@ def base_parser(description):
     p.add_argument("--blur", type=fraction, default=0.0, help="probability of Gaussian blur")
     p.add_argument("--increase-mi", choices=tuple(MI_WEIGHTS), help="ip, mib decrease it (S002)")
     p.add_argument("--mi-weight", type=number(float, 0), help="default: 1 rc, lbe; 5e-4 ip, mib")
-    p.add_argument("--concat-views", action=argparse.BooleanOptionalAction, help="one forward pass "
-                   "for all views (default: as the method's official code)")
-    p.add_argument("--compile", choices=COMPILE_MODES, help="mode (default: by what pays here)")
+    p.add_argument("--concat-views", action=argparse.BooleanOptionalAction,
+                   help="one forward pass for all views (default: by method, see its file)")
+    p.add_argument("--compile", choices=COMPILE_MODES, help="torch.compile's mode (default: "
+                   "'default' on a GPU for runs of 2000 steps or more, else off)")
     p.add_argument("--out", help="folder of the run (default: runs/METHOD_DATASET_ARCH)")
     p.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
     p.add_argument("--knn-every", type=whole, default=10, help="epochs between kNN figures; 0 none")
@@ -1202,22 +1209,37 @@ def resolve_hardware(args):
     torch.backends.cudnn.benchmark = True  # every batch has the same shape
 
 
-def resolve_compile(args):
-    """torch.compile where it pays: on a GPU. It needs a C++ compiler, whatever the device."""
-    compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
+def resolve_compile(args, steps):
+    """torch.compile where it pays: on a GPU that Triton knows, in a run that is not short. On a CPU
+    it takes a minute and the step is no faster."""
+    names = [os.environ.get("CXX", "g++").split()[-1], "clang++"]
     if args.compile is None:
         cuda = torch.device(args.device).type == "cuda"
-        args.compile = "default" if cuda and compiler else "off"
-    missing = f"--compile {args.compile} needs a C++ compiler (g++): install one, or --compile off"
-    check(args.compile == "off" or compiler, missing)
+        known = cuda and torch.cuda.get_device_capability(args.device) >= (7, 0)
+        known = known and importlib.util.find_spec("triton") is not None
+        names = [os.environ.get("CC", "gcc").split()[-1], "clang"]
+        pays = known and steps >= 2000 and any(map(shutil.which, names))
+        args.compile = "default" if pays else "off"
+    missing = (
+        f"--compile {args.compile} needs a compiler ({names[0]}): install it, or --compile off"
+    )
+    check(args.compile == "off" or any(map(shutil.which, names)), missing)
 
 
 def compiled(function, args):
-    """`function` as one graph for one set of shapes, or as it is with --compile off."""
+    """`function` as one graph for one set of shapes, or as it is with --compile off. It draws the
+    random numbers that it would draw uncompiled."""
     if args.compile == "off":
         return function
+    torch._inductor.config.fallback_random = True
     mode = None if args.compile == "default" else args.compile
     return torch.compile(function, fullgraph=True, dynamic=False, mode=mode)
+
+
+def begin_step(args):
+    """Tell CUDA graphs, where there are any, that what the last step made may be overwritten."""
+    if args.compile != "off":
+        torch.compiler.cudagraph_mark_step_begin()
 
 
 def autocast(args):
@@ -1248,7 +1270,7 @@ def prepare(args, method) -> Dataset:
     check(args.increase_mi or args.mi_weight is None, "--mi-weight needs --increase-mi")
     if args.increase_mi and args.mi_weight is None:
         args.mi_weight = MI_WEIGHTS[args.increase_mi]
-    resolve_compile(args)
+    resolve_compile(args, len(data.pretrain) // args.batch_size * args.epochs)
     torch.manual_seed(args.seed)  # the initial weights
     return data.to(args.device)
 
@@ -1276,12 +1298,12 @@ class Progress:
 
     def __init__(self, label, steps, batch_size):
         self.label, self.steps, self.batch_size = label, steps, batch_size
-        self.terminal = sys.stdout.isatty()
-        self.restart()
+        self.terminal, self.start, self.first = sys.stdout.isatty(), time.time(), 0
+        self.last = self.start
 
-    def restart(self, done=0):
+    def leave_out(self, done):
         """Leave out of the rate the steps that are done. Returns the seconds that they took."""
-        before, self.start, self.first = getattr(self, "start", 0), time.time(), done
+        before, self.start, self.first = self.start, time.time(), done
         self.last = self.start
         return self.start - before
 
@@ -1364,8 +1386,13 @@ class RunFolder:
             torch.save(about | {"state_dict": weights}, file)
 
 
-def save_views(images, augment, rng, path):
+def save_views(split, augment, args, path):
     """A picture of what the network sees: in each row an image in a blue frame and its views."""
+    images = split.images
+    if not split.in_memory:
+        items = [(i, i) for i in range(len(split))]
+        images, _ = next(decode(split, items, len(items), args, augment.recipes))
+    rng = generator(args.seed, "views", 0, args.device)
     views = [augment.restore(view) for view in augment(images, rng)]
     images = images[:, 0] if images.ndim == 5 else images
     cells = torch.stack([evaluation_view(images, augment.size, (0, 0, 0), (1, 1, 1)), *views], 1)
@@ -1383,12 +1410,19 @@ def save_views(images, augment, rng, path):
         )
 
 
-def train(method, model, data, recipes, args):
-    """Train `model`, a method, with one view per recipe, and write the run to args.out."""
-    if args.concat_views is not None:
-        model.concat_views = args.concat_views
+def completed(model, args):
+    """The method with what the flags that all methods share change in it."""
+    if args.concat_views is None:
+        args.concat_views = model.concat_views
+    model.concat_views = args.concat_views
     if args.increase_mi:
         model = MutualInformation(model, args.increase_mi, args.mi_weight, args.image_size)
+    return model
+
+
+def train(method, model, data, recipes, args):
+    """Train `model`, a method, with one view per recipe, and write the run to args.out."""
+    model = completed(model, args)
     model = model.to(args.device, memory_format=torch.channels_last).train()
     optimizer = make_optimizer(model, args)
     scaler = torch.amp.GradScaler(torch.device(args.device).type, enabled=args.precision == "fp16")
@@ -1399,12 +1433,7 @@ def train(method, model, data, recipes, args):
     steps, saved = len(data.pretrain) // args.batch_size, time.time()
     total, with_knn = steps * args.epochs, args.knn_every > 0 and data.test is not None
     if not done:
-        rng, shown = generator(args.seed, "views", 0, args.device), data.pretrain.spread(8)
-        crops = shown.images if shown.in_memory else None
-        if crops is None:
-            items = [(i, i) for i in range(len(shown))]
-            crops, _ = next(decode(shown, items, len(items), args, recipes))
-        save_views(crops, augment, rng, folder.path / "views.png")
+        save_views(data.pretrain.spread(8), augment, args, folder.path / "views.png")
         folder.untrained = knn_monitor(model.backbone, data, args) if with_knn else None
     elif done == args.epochs:  # stopped while it saved: the encoder may be older than the rest
         folder.save(model, optimizer, scaler, done, step)
@@ -1420,7 +1449,7 @@ def train(method, model, data, recipes, args):
             for group in optimizer.param_groups:
                 group["lr"] = lr
             torch.manual_seed(derived_seed(args.seed, "model", step))  # for what the model draws
-            torch.compiler.cudagraph_mark_step_begin()  # what the last step made may be overwritten
+            begin_step(args)
             views = augment(images, generator(args.seed, "augment", step, args.device))
             with autocast(args):
                 loss, terms = forward(views, labels)
@@ -1433,9 +1462,9 @@ def train(method, model, data, recipes, args):
                 model.after_step(step / total)
             for key, value in {"loss": loss, **terms}.items():  # summed where they are, read later
                 sums[key] = sums.get(key, 0) + value.detach().float()
-            if compiling:  # its first step; the time of an epoch is that of the others
+            if compiling and i == 3 < steps:  # three steps, for CUDA graphs record the second
                 sums["loss"].item()
-                compiling, apart = False, {"compile_seconds": round(bar.restart(i), 1)}
+                compiling, apart = False, {"compile_seconds": round(bar.leave_out(i), 1)}
             bar.update(i, sums["loss"])
 
         entry = {"epoch": epoch, "step": step}
@@ -1455,6 +1484,11 @@ def train(method, model, data, recipes, args):
             folder.save(model, optimizer, scaler, epoch, step)
             saved = time.time()
 
+    say_what_next(folder, data, args)
+
+
+def say_what_next(folder, data, args):
+    """The result of a finished run, and the command that evaluates its encoder."""
     last, chance = folder.log[-1].get("knn_top1"), 1 / len(data.classes)
     if last is not None:
         text = "" if folder.untrained is None else f"untrained encoder {folder.untrained:.1%}, "

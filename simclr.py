@@ -27,8 +27,10 @@ Differences
     paper's mean over the 2B anchors.
  2. The projector has one hidden layer with batch norm. Paper: one hidden layer, no batch norm
     named; google-research/simclr: three layers, batch norm in all of them.
- 3. Optimiser on small images: see PRESETS. Paper: LARS, batch 4096.
- 4. More than two views (--views): the mean of the loss over all pairs of views.
+ 3. All views pass in one batch, as in the TensorFlow code: batch norm could otherwise tell them
+    apart by their statistics.
+ 4. Optimiser on small images: see PRESETS. Paper: LARS, batch 4096.
+ 5. More than two views (--views): the mean of the loss over all pairs of views.
 """
 
 import itertools
@@ -62,7 +64,7 @@ class SimCLR(nn.Module):
     def __init__(self, backbone, hidden_dim=512, dim=128, temperature=0.5):
         super().__init__()
         self.backbone = backbone
-        self.concat_views = True  # as in the TensorFlow code: batch norm sees all views
+        self.concat_views = True  # difference 3
         self.projector = nn.Sequential(
             nn.Linear(backbone.num_features, hidden_dim),
             nn.BatchNorm1d(hidden_dim),

@@ -111,7 +111,7 @@ class SupConTCL(nn.Module):
             loss = tcl_loss(z, y, self.temperature, self.k1, self.k2)
         else:
             loss = supcon_loss(z, y, self.temperature)
-        return loss, {"labels_used": torch.tensor(float(not self.self_supervised))}
+        return loss, {"labels_used": loss.new_full((), not self.self_supervised)}
 
 
 LOSSES = ("supcon", "tcl", "cross_entropy")

@@ -3,22 +3,25 @@
 
     python tests/benchmark.py --dataset cifar10 --batch-size 256 --json benchmark.json
 
-The arms take turns in one process, in blocks of a few steps, so that a machine that slows down or
-speeds up does so for all of them; a figure is the median over blocks, with the quartiles beside it.
+The arms take turns in one process, each time in another order, in blocks of a few steps, so that a
+machine that slows down or speeds up does so for all of them; a figure is the median over blocks,
+with the quartiles beside it. Flags other than its own go to simclr.py, whose presets hold. A step
+here is forward, loss, backward, optimiser and EMA; training also adds up what it logs.
 
-data     cached   SimCLR's step (forward, loss, backward, optimiser) on views that are there already
+data     cached   SimCLR's step on views that are there already
          real     the same step fed by the training pipeline: gather, draw, augment, normalise
          views    the pipeline alone
          pil N    the same step fed by torchvision's transforms on PIL images, N worker processes
-         usual    the same step as it is usually written, in the same precision: NCHW, a forward for
-                  each view, an optimiser that is not fused, loss.item() at every step, fed like pil
+         usual    the step as it is usually written, in the same precision: NCHW, a forward for each
+                  view, the optimiser as torch chooses it, no compiler, loss.item() at every step,
+                  fed like pil
          plain    the same in fp32
          lightly, kornia   the cached step fed by their transforms, where they are installed
 ladder   the cached step with one thing taken away: half precision, channels_last, one pass for all
          views, the fused optimiser, the compiler
 methods  the cached step of each method, with its preset for the dataset and this batch size
-accuracy (not by default) kNN after SimCLR has trained on views of ours and of torchvision's, with
-         several seeds: what is fast should not be worse
+accuracy (not by default) kNN after SimCLR has trained for --epochs on views of ours and of
+         torchvision's, with several seeds: what is fast should not be worse
 
 Beside them, from the same run: what the machine reaches in matrix products and in copying, and what
 a kNN figure costs.
@@ -30,7 +33,7 @@ import copy
 import functools
 import io
 import itertools
-import os
+import random
 import statistics
 import sys
 import time
@@ -73,32 +76,34 @@ def build(name, argv):
             module.main()
     finally:
         common.train, sys.argv = train, old
-    return made[0][1:]
+    _, model, data, recipes, args = made[0]
+    common.check(data.pretrain.in_memory, f"{args.dataset}: its images do not fit in memory")
+    return common.completed(model, args), data, recipes, args
 
 
 class Step:
-    """A training step of a method; each flag takes one thing away from it."""
+    """A training step of a method on views; each flag takes one thing away from it."""
 
-    def __init__(self, model, args, half=True, layout=torch.channels_last, fused=True, item=False):
-        self.args = argparse.Namespace(**vars(args))
-        if not half:
-            self.args.precision = "fp32"
-        self.layout, self.item = layout, item
-        self.model = copy.deepcopy(model).to(args.device, memory_format=layout).train()
-        self.optimizer = common.make_optimizer(self.model, args)
-        if not fused:
-            for group in self.optimizer.param_groups:
-                group.update(fused=False, foreach=False)
+    def __init__(
+        self, model, args, half=True, channels_last=True, one_pass=None, fused=True,
+        compile=True, item=False,
+    ):  # fmt: skip
+        self.args, self.item = copy.copy(args), item
+        self.args.precision = args.precision if half else "fp32"
+        self.args.compile = args.compile if compile else "off"
+        self.layout = torch.channels_last if channels_last else torch.contiguous_format
+        self.model = copy.deepcopy(model).to(args.device, memory_format=self.layout).train()
+        if one_pass is not None:
+            getattr(self.model, "method", self.model).concat_views = one_pass
+        self.optimizer = common.make_optimizer(self.model, args, fused or None)
         self.forward = common.compiled(self.model, self.args)
         self.labels = torch.arange(args.batch_size, device=args.device) % 10
-        self.scaler = torch.amp.GradScaler(
-            torch.device(args.device).type, enabled=self.args.precision == "fp16"
-        )
+        scaled = self.args.precision == "fp16"
+        self.scaler = torch.amp.GradScaler(torch.device(args.device).type, enabled=scaled)
 
     def __call__(self, views):
         how = {"memory_format": self.layout, "non_blocking": True}
         views = [x.to(self.args.device, **how) for x in views]
-        torch.compiler.cudagraph_mark_step_begin()
         with common.autocast(self.args):
             loss, _ = self.forward(views, self.labels)
         self.scaler.scale(loss).backward()
@@ -115,7 +120,7 @@ class PillowViews(torch.utils.data.Dataset):
     """Two views the usual way: one PIL image at a time, in worker processes."""
 
     def __init__(self, data, transform):
-        self.images, self.transform = data.train.images.cpu(), transform
+        self.images, self.transform = data.pretrain.images.cpu(), transform
 
     def __len__(self):
         return len(self.images)
@@ -127,44 +132,36 @@ class PillowViews(torch.utils.data.Dataset):
 
 
 def torchvision_transform(recipe, size, data):
+    """simclr.py's recipe as torchvision has it."""
     crop = T.RandomResizedCrop(size, recipe.scale, interpolation=T.InterpolationMode.BICUBIC)
     jitter = T.RandomApply([T.ColorJitter(*recipe.jitter)], recipe.jitter_p)
-    final = [T.RandomGrayscale(recipe.gray_p), T.ToTensor(), T.Normalize(data.mean, data.std)]
-    return T.Compose([crop, T.RandomHorizontalFlip(), jitter, *final])
+    blur = T.RandomApply([T.GaussianBlur(2 * (size // 20) + 1, (0.1, 2.0))], recipe.blur_p)
+    some = [crop, T.RandomHorizontalFlip(), jitter, T.RandomGrayscale(recipe.gray_p)]
+    some += [blur] if recipe.blur_p else []
+    return T.Compose([*some, T.ToTensor(), T.Normalize(data.mean, data.std)])
 
 
 def lightly_transform(recipe, size, data):
     from lightly.transforms import SimCLRTransform
 
-    strength = recipe.jitter[0] / 0.8
+    strength, normalize = recipe.jitter[0] / 0.8, {"mean": data.mean, "std": data.std}
     return SimCLRTransform(
-        size, cj_strength=strength, min_scale=recipe.scale[0], gaussian_blur=0.0,
-        normalize={"mean": data.mean, "std": data.std},
+        size, cj_strength=strength, min_scale=recipe.scale[0], gaussian_blur=recipe.blur_p,
+        normalize=normalize,
     )  # fmt: skip
 
 
-def kornia_views(recipe, size, data, batches):
-    """A function that makes two views of the next batch with kornia, on the batch's device."""
+def kornia_transform(recipe, size, data):
     import kornia.augmentation as K
 
+    crop = {"resample": "bicubic", "cropping_mode": "resample"}
+    some = [K.RandomResizedCrop((size, size), recipe.scale, **crop), K.RandomHorizontalFlip()]
+    some += [K.ColorJitter(*recipe.jitter, p=recipe.jitter_p), K.RandomGrayscale(p=recipe.gray_p)]
+    if recipe.blur_p:
+        kernel = (2 * (size // 20) + 1,) * 2
+        some += [K.RandomGaussianBlur(kernel, (0.1, 2.0), p=recipe.blur_p)]
     mean, std = torch.tensor(data.mean), torch.tensor(data.std)
-    augment = K.AugmentationSequential(
-        K.RandomResizedCrop((size, size), recipe.scale, resample="bicubic"),
-        K.RandomHorizontalFlip(),
-        K.ColorJitter(*recipe.jitter, p=recipe.jitter_p),
-        K.RandomGrayscale(p=recipe.gray_p),
-        K.Normalize(mean, std),
-    )
-
-    def views():
-        x = next(batches)[0].float() / 255
-        return [augment(x), augment(x)]
-
-    return views
-
-
-def without_compiler(args):
-    return argparse.Namespace(**vars(args) | {"compile": "off"})
+    return K.AugmentationSequential(*some, K.Normalize(mean, std))
 
 
 def forever(make):
@@ -172,27 +169,34 @@ def forever(make):
         yield from make()
 
 
-def fed_by_loader(step, data, transform, args, workers):
-    """An arm whose views come from a DataLoader. `ready`: batches that the workers prefetch between
-    its turns, which are thrown away so that it does not get them for nothing."""
-    source = torch.utils.data.DataLoader(
-        PillowViews(data, transform), batch_size=args.batch_size, shuffle=True, drop_last=True,
-        num_workers=workers, persistent_workers=workers > 0, pin_memory=args.device != "cpu",
-    )  # fmt: skip
-    batches = forever(lambda: source)
+class FedByLoader:
+    """A step whose views come from a DataLoader. Its workers live for its turn alone, so that no
+    other arm feels them; what they prefetch before the clock starts is not counted."""
 
-    def arm():
-        step(next(batches))
+    def __init__(self, step, data, transform, workers):
+        self.step, self.workers = step, workers
+        self.loader = torch.utils.data.DataLoader(
+            PillowViews(data, transform), batch_size=step.args.batch_size, shuffle=True,
+            drop_last=True, num_workers=workers, pin_memory=step.args.device != "cpu",
+        )  # fmt: skip
 
-    arm.ready, arm.batches = 2 * workers, batches
-    return arm
+    def begin(self):
+        self.batches = forever(lambda: self.loader)
+        for _ in range(2 * self.workers):
+            next(self.batches)
+
+    def __call__(self):
+        self.step(next(self.batches))
+
+    def end(self):
+        del self.batches
 
 
 def data_arms(model, data, recipes, args):
     augment = common.Augment(recipes, args.image_size, data.mean, data.std, args.device)
     augment.apply = common.compiled(augment.apply, args)
     source = forever(lambda: common.training_batches(data.pretrain, 1, args, recipes))
-    counter, step, recipe = iter(range(10**9)), Step(model, args), recipes[0]
+    counter, step = iter(range(10**9)), Step(model, args)
 
     def views():
         images, _ = next(source)
@@ -200,35 +204,38 @@ def data_arms(model, data, recipes, args):
 
     still = [x.clone() for x in views()]
     arms = {"cached": lambda: step(still), "real": lambda: step(views()), "views": views}
-    pil = torchvision_transform(recipe, args.image_size, data)
-    most = args.workers or (len(os.sched_getaffinity(0)) - 1)
-    for workers in sorted({0, 1, most // 4, most // 2, most}):
-        arms[f"pil {workers}"] = fed_by_loader(step, data, pil, args, workers)
-    nchw = {"layout": torch.contiguous_format, "fused": False, "item": True}
+    how = recipes[0], args.image_size, data
+    pil = torchvision_transform(*how)
+    for workers in sorted({0, 1, args.workers}):
+        arms[f"pil {workers}"] = FedByLoader(step, data, pil, workers)
+    usual = {"channels_last": False, "one_pass": False, "fused": False, "compile": False}
     for name, half in ("usual", True), ("plain", False):
-        separate, eager = copy.deepcopy(model), without_compiler(args)
-        separate.concat_views = False
-        other, workers = Step(separate, eager, half, **nchw), most if most > 2 else 0
-        arms[name] = fed_by_loader(other, data, pil, args, workers)
-    with contextlib.suppress(ImportError):
-        lightly = lightly_transform(recipe, args.image_size, data)
-        arms["lightly"] = fed_by_loader(step, data, lightly, args, most if most > 2 else 0)
-    with contextlib.suppress(ImportError):
-        kornia = kornia_views(recipe, args.image_size, data, source)
-        arms["kornia"] = lambda: step(kornia())
+        other = Step(model, args, half, **usual, item=True)
+        arms[name] = FedByLoader(other, data, pil, args.workers)
+    try:
+        arms["lightly"] = FedByLoader(step, data, lightly_transform(*how), args.workers)
+    except ImportError:
+        print("lightly is not installed: left out")
+    try:
+        kornia = kornia_transform(*how)
+        batches = (images.float() / 255 for images, _ in source)
+        arms["kornia"] = lambda: step([kornia(x) for x in [next(batches)] * 2])
+    except ImportError:
+        print("kornia is not installed: left out")
     return arms
 
 
 def ladder_arms(model, views, args):
-    separate = copy.deepcopy(model)
-    separate.concat_views = False
     steps = {"cached": Step(model, args), "- half precision": Step(model, args, half=False)}
-    steps["- channels_last"] = Step(model, args, layout=torch.contiguous_format)
-    steps["- one pass"] = Step(separate, args)
-    steps["- fused"] = Step(model, args, fused=False)
+    steps["- channels_last"] = Step(model, args, channels_last=False)
+    steps["- one pass"] = Step(model, args, one_pass=False)
+    if args.optimizer != "lars":  # which is ours: it is always the same
+        steps["- fused"] = Step(model, args, fused=False)
     if args.compile != "off":
-        steps["- compile"] = Step(model, without_compiler(args))
-    return {name: functools.partial(step, views) for name, step in steps.items()}
+        steps["- compile"] = Step(model, args, compile=False)
+    laid_out = {step.layout: [x.to(memory_format=step.layout) for x in views]
+                for step in steps.values()}  # fmt: skip
+    return {name: functools.partial(step, laid_out[step.layout]) for name, step in steps.items()}
 
 
 def method_arms(argv, views):
@@ -256,6 +263,7 @@ def accuracy(argv, seeds):
         for epoch in range(1, args.epochs + 1):
             ours = common.training_batches(data.pretrain, epoch, args, recipes)
             for batch in ours if name == "ours" else loader:
+                common.begin_step(args)
                 rng = common.generator(seed, "augment", done, args.device)
                 for group in step.optimizer.param_groups:
                     group["lr"] = common.learning_rate(done, total, warmup, args.scaled_lr)
@@ -263,128 +271,152 @@ def accuracy(argv, seeds):
                 done += 1
         values.append(common.knn_monitor(step.model.backbone, data, args))
         print(f"seed {seed}, {name}: kNN {values[-1]:.1%}", flush=True)
-    for name, values in found.items():
-        spread = statistics.stdev(values) if seeds > 1 else 0.0
-        print(f"{name}: {statistics.mean(values):.1%}, deviation {spread:.1%}")
+    differences = [a - b for a, b in zip(*found.values(), strict=True)]
+    error = statistics.stdev(differences) / seeds**0.5 if seeds > 1 else float("nan")
+    print(f"ours - torchvision: {statistics.mean(differences):+.1%}, standard error {error:.1%}")
     return found
 
 
 def measure(arms, args):
-    """{name: milliseconds of a step in each block}; the first block warms up and is left out."""
-    times = {name: [] for name in arms}
+    """{name: {"ms": [milliseconds of a step in each block], ...}}. Before the first block each arm
+    warms up, with compilation: `warmup_seconds`. `peak_gb`, on a GPU: of its steps alone."""
+    found = {name: {"ms": []} for name in arms}
+    device, cuda = torch.device(args.device), args.device.startswith("cuda")
+    wait = functools.partial(torch.cuda.synchronize, device) if cuda else lambda: None
     for block in range(args.blocks + 1):
-        for name, arm in arms.items():
-            repeats = args.steps * (10 if name == "views" else 1)
-            for _ in range(getattr(arm, "ready", 0)):
-                next(arm.batches)
-            synchronize(args)
+        for name in random.Random(block).sample(list(arms), len(arms)):
+            arm, row = arms[name], found[name]
+            repeats = max(args.steps, 4 * getattr(arm, "workers", 0)) if block else 3
+            repeats *= 10 if name == "views" else 1
+            getattr(arm, "begin", lambda: None)()
+            if cuda:
+                torch.cuda.reset_peak_memory_stats(device)
+                before = torch.cuda.memory_allocated(device)
+            wait()
             start = time.perf_counter()
             for _ in range(repeats):
+                common.begin_step(args)
                 arm()
-            synchronize(args)
+            wait()
             seconds = time.perf_counter() - start
-            if getattr(arm, "ready", 0):
-                time.sleep(1)  # its workers prefetch; the next arm should not feel it
+            getattr(arm, "end", lambda: None)()
+            if cuda:
+                row["peak_gb"] = (torch.cuda.max_memory_allocated(device) - before) / 1e9
             if block:
-                times[name].append(1e3 * seconds / repeats)
-    return times
-
-
-def synchronize(args):
-    if args.device.startswith("cuda"):
-        torch.cuda.synchronize()
+                row["ms"].append(1e3 * seconds / repeats)
+            else:
+                row["warmup_seconds"] = seconds
+    return found
 
 
 def ceilings(args):
     """What this machine reaches: TFLOP/s of a large matrix product, GB/s of a large copy."""
-    cuda = args.device.startswith("cuda")
-    dtype = torch.float32 if args.precision == "fp32" else torch.bfloat16
-    n, megabytes = (8192, 1024) if cuda else (2048, 256)
-    a, b = (torch.randn(n, n, device=args.device).to(dtype) for _ in range(2))
+    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+    n, megabytes = (8192, 1024) if args.device.startswith("cuda") else (2048, 256)
+    a, b = (torch.randn(n, n, device=args.device).to(dtypes[args.precision]) for _ in range(2))
     source = torch.ones(megabytes * 2**20, dtype=torch.uint8, device=args.device)
     target = torch.empty_like(source)
     arms = {"matmul": lambda: a @ b, "copy": lambda: target.copy_(source)}
-    many = argparse.Namespace(**vars(args) | {"blocks": 5, "steps": 5})
-    ms = {name: min(times) for name, times in measure(arms, many).items()}
+    many = argparse.Namespace(device=args.device, compile="off", blocks=5, steps=5)
+    ms = {name: min(row["ms"]) for name, row in measure(arms, many).items()}
     return {"matmul_tflops": 2 * n**3 / ms["matmul"] / 1e9,
             "copy_gb_per_s": 2 * source.numel() / ms["copy"] / 1e6}  # fmt: skip
 
 
 def flops(model, size):
-    """Of forward and backward, for an image with two views."""
+    """Of forward and backward, for an image with its two views."""
     model, views = copy.deepcopy(model).cpu(), [torch.randn(2, 3, size, size) for _ in range(2)]
     with FlopCounterMode(display=False) as counter:
         model(views, torch.arange(2))[0].backward()
     return counter.get_total_flops() / 2
 
 
-def table(times, args, images, base, per_image=None, ceiling=None):
-    """Print a table of arms; return it for the JSON."""
-    rows, reference = {}, statistics.median(times[base])
-    print(f"\n{'arm':18}{'ms/step':>9}{'quartiles':>17}{'img/s':>8}{'s/epoch':>9}{'/' + base:>9}"
-          f"{'TFLOP/s':>9}{'of max':>8}")  # fmt: skip
-    for name, samples in times.items():
-        low, median, high = statistics.quantiles(samples, n=4)
-        rate = 1e3 * args.batch_size / median
-        row = {"ms": median, "ms_quartiles": [low, high], "images_per_second": rate}
-        row |= {"seconds_per_epoch": images / rate, "relative": median / reference}
-        text = f"{name:18}{median:9.1f}{low:8.1f}-{high:8.1f}{rate:8.0f}{images / rate:9.1f}"
-        text += f"{median / reference:9.3f}"
+def table(found, args, images, base, per_image, ceiling):
+    """Print the arms of a group and return them for the JSON. per_image: FLOP, None if unknown."""
+    rows, reference = {}, statistics.median(found[base]["ms"])
+    print(f"\n{'arm':17}{'ms/step':>9}{'quartiles':>16}{'img/s':>8}{'s/epoch':>8}"
+          f"{'over ' + base:>13}{'TFLOP/s':>9}{'of max':>7}{'peak GB':>9}")  # fmt: skip
+    for name, row in found.items():
+        low, median, high = statistics.quantiles(row["ms"], n=4)
+        rate, over = 1e3 * args.batch_size / median, 100 * (median / reference - 1)
+        row |= {"ms": median, "ms_blocks": row["ms"], "images_per_second": rate}
+        row |= {"seconds_per_epoch": images / rate, "percent_over_base": over}
+        text = f"{name:17}{median:9.1f}{low:8.1f}-{high:7.1f}{rate:8.0f}{images / rate:8.1f}"
+        text += " " * 13 if name == "views" else f"{over:+12.1f}%"
         if per_image and name != "views":
-            tflops = per_image * rate / 1e12
-            row |= {"tflops": tflops, "of_ceiling": tflops / ceiling}
-            text += f"{tflops:9.2f}{tflops / ceiling:8.1%}"
+            row["tflops"] = per_image * rate / 1e12
+            row["share_of_ceiling"] = row["tflops"] / ceiling
+            text += f"{row['tflops']:9.2f}{row['share_of_ceiling']:7.1%}"
+        else:
+            text += " " * 16
+        print(text + (f"{row['peak_gb']:9.1f}" if "peak_gb" in row else ""))
         rows[name] = row
-        print(text)
     return rows
 
 
+def knn_cost(model, data, args, seconds_per_epoch):
+    """Seconds of a kNN figure, and the share that it has of a run with one every --knn-every."""
+    backbone = copy.deepcopy(model.backbone).to(args.device, memory_format=torch.channels_last)
+    for _ in range(2 if args.device.startswith("cuda") else 1):  # there the first one is slow
+        start = time.perf_counter()
+        common.knn_monitor(backbone, data, args)  # reads its figure back, so it has waited
+        seconds = time.perf_counter() - start
+    share = seconds / (max(args.knn_every, 1) * seconds_per_epoch)
+    total = len(data.train) + len(data.test)
+    print(f"\nkNN, {total} images: {seconds:.1f} s, {share:.1%} of a run"
+          f" with one every {args.knn_every} epochs")  # fmt: skip
+    return {"seconds": seconds, "share": share}
+
+
 OWN = "blocks", "steps", "groups", "seeds", "json"
+GROUPS = "data", "ladder", "methods", "accuracy"
+
+
+def read_arguments():
+    """The benchmark's own flags, and the command line that simclr.py gets."""
+    parser = common.base_parser(__doc__)
+    parser.add_argument("--blocks", type=common.number(int, 2), default=7, help="of each arm")
+    parser.add_argument("--steps", type=common.count, help="in a block (default: 20 on a GPU or 2)")
+    parser.add_argument("--groups", default="data,ladder,methods", help=f"of {', '.join(GROUPS)}")
+    parser.add_argument("--seeds", type=common.count, default=3, help="of the accuracy")
+    parser.add_argument("--json", help="file to write the figures to")
+    others = vars(parser.parse_args([])).keys() - set(OWN)
+    parser.set_defaults(**dict.fromkeys(others))  # None where simclr.py's preset holds
+    args = parser.parse_args()
+    wrong = f"--groups {args.groups}: expected some of {', '.join(GROUPS)}"
+    common.check(set(args.groups.split(",")) <= set(GROUPS), wrong)
+    argv = ["--batch-size", "256"]
+    for name, value in vars(args).items():
+        if name not in OWN and value is not None:
+            flag, switch = name.replace("_", "-"), isinstance(value, bool)
+            argv += [f"--{'' if value else 'no-'}{flag}"] if switch else [f"--{flag}", str(value)]
+    return args, argv
 
 
 def main():
-    parser = common.base_parser(__doc__)
-    parser.set_defaults(batch_size=256)
-    parser.add_argument("--blocks", type=common.number(int, 2), default=7, help="of each arm")
-    parser.add_argument("--steps", type=common.count, default=2, help="in a block")
-    parser.add_argument("--groups", default="data,ladder,methods", help="also: accuracy")
-    parser.add_argument("--seeds", type=common.count, default=3, help="of the accuracy")
-    parser.add_argument("--json", help="file to write the figures to")
-    args = parser.parse_args()
-    wanted, known = args.groups.split(","), ("data", "ladder", "methods", "accuracy")
-    common.check(set(wanted) <= set(known), f"--groups {args.groups}: takes {', '.join(known)}")
-    argv = ["--batch-size", str(args.batch_size)]  # what a method's script gets, with its presets
-    for name, value in vars(args).items():
-        if name not in OWN and value != parser.get_default(name):
-            flag, switch = name.replace("_", "-"), isinstance(value, bool)
-            argv += [f"--{'' if value else 'no-'}{flag}"] if switch else [f"--{flag}", str(value)]
+    args, argv = read_arguments()
     model, data, recipes, run = build("simclr", argv)
-    run.blocks, run.steps = args.blocks, args.steps
+    common.check(run.views == 2, f"--views {run.views}: the benchmark is for two views")
+    run.blocks, wanted = args.blocks, args.groups.split(",")
+    run.steps = args.steps or (20 if run.device.startswith("cuda") else 2)
     augment = common.Augment(recipes, run.image_size, data.mean, data.std, run.device)
     images = data.pretrain.images[: run.batch_size]
     views = [x.clone() for x in augment(images, common.generator(0, "augment", 0, run.device))]
     result = {"ceilings": ceilings(run), "flops_per_image": flops(model, run.image_size)}
-    counted = result["flops_per_image"], result["ceilings"]["matmul_tflops"]
-    print(result)
-    groups = {"data": lambda: data_arms(model, data, recipes, run),
-              "ladder": lambda: ladder_arms(model, views, run),
-              "methods": lambda: method_arms(argv, views)}  # fmt: skip
+    ceiling, per_image = result["ceilings"]["matmul_tflops"], result["flops_per_image"]
+    print(f"{ceiling:.2f} TFLOP/s in matrix products, {result['ceilings']['copy_gb_per_s']:.0f} "
+          f"GB/s in copying; {per_image / 1e9:.2f} GFLOP for an image's two views")  # fmt: skip
     if "accuracy" in wanted:
         result["accuracy"] = accuracy(argv, args.seeds)
-    for group in [name for name in groups if name in wanted]:
-        times, total = measure(groups[group](), run), len(data.pretrain)
-        if group == "methods":  # whose sums are not counted
-            result[group] = table(times, run, total, "simclr")
-        else:
-            result[group] = table(times, run, total, "cached", *counted)
-    start = time.perf_counter()
-    common.knn_monitor(model.to(run.device).backbone, data, run)
-    synchronize(run)
-    result["knn_seconds"] = time.perf_counter() - start
-    many = f"{len(data.train)} + {len(data.test)} images"
-    print(f"\nkNN figure, {many}: {result['knn_seconds']:.1f} s")
-    if run.device.startswith("cuda"):
-        result["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
+    how = {"data": lambda: data_arms(model, data, recipes, run),
+           "ladder": lambda: ladder_arms(model, views, run),
+           "methods": lambda: method_arms(argv, views)}  # fmt: skip
+    for group in [name for name in how if name in wanted]:
+        base, counted = ("simclr", None) if group == "methods" else ("cached", per_image)
+        found = measure(how[group](), run)
+        result[group] = table(found, run, len(data.pretrain), base, counted, ceiling)
+    if "data" in wanted and data.test is not None:
+        result["knn"] = knn_cost(model, data, run, result["data"]["real"]["seconds_per_epoch"])
     if args.json:
         common.write_json(result | common.describe(run), args.json)
 
