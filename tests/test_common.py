@@ -1175,6 +1175,20 @@ def test_shapes():
 # On a GPU
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_color_jitter_takes_images_of_any_float_type(dtype):
+    """With factors in float32, as Augment draws them, and with gray pixels, whose hue is 0 / 0."""
+    x = torch.rand(6, 3, 5, 5, generator=rng())
+    x[:3] = x[:3, :1]
+    draws = [torch.rand(6, generator=rng()) + 0.5 for _ in range(3)]
+    draws += [torch.rand(6, generator=rng()) - 0.5]
+    draws += [torch.rand(6, 4, generator=rng()).argsort(1)]
+    jittered = common.color_jitter(x.to(dtype), *draws)
+    assert jittered.dtype == dtype and jittered.isfinite().all()
+    differs = (jittered.float() - common.color_jitter(x, *draws)).abs()
+    assert differs.mean() < {torch.float64: 1e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}[dtype]
+
+
 @pytest.mark.gpu
 def test_augmentation_on_cuda_equals_that_on_cpu():
     images = noise_bytes(32, 40)
