@@ -1144,7 +1144,8 @@ def base_parser(description):
     p.add_argument("--lr-scaling", choices=SCALINGS, default="linear", help="of lr with the batch")
     p.add_argument("--momentum", type=fraction, default=0.9, help="of sgd and lars")
     p.add_argument("--weight-decay", type=number(float, 0), default=5e-4, help="not on 1-D tensors")
-    p.add_argument("--warmup-epochs", type=number(float, 0), default=10.0, help="at most a tenth")
+    p.add_argument("--warmup-epochs", type=number(float, 0), default=10.0,
+                   help="of linear warm-up; unless given here, at most a tenth of the epochs")
     p.add_argument("--views", type=number(int, 2), default=2, help="views of each image")
     p.add_argument("--color-strength", type=number(float, 0, 4), default=1.0, help="of the jitter")
     p.add_argument("--crop-min", type=number(float, 1e-3, 1), default=0.08, help="share of area")
@@ -1183,6 +1184,8 @@ def parse_args(parser, presets, *variants, argv=None):
     args = parser.parse_args(argv)
     changed = {key: v for key, v in vars(args).items() if v != parser.get_default(key)}
     print(f"preset {' + '.join(keys)}: {preset}, given: {changed or 'nothing'}")
+    if "warmup_epochs" in vars(args) and "warmup_epochs" not in changed:  # meant for a long run
+        args.warmup_epochs = min(args.warmup_epochs, args.epochs / 10)
     return args
 
 
@@ -1264,7 +1267,8 @@ def prepare(args, method) -> Dataset:
         args.stem = "small" if args.image_size <= 64 else "imagenet"
     args.out = args.out or f"runs/{method}_{data.name}_{args.arch}"
     ratio = args.batch_size / 256
-    args.warmup_epochs = min(args.warmup_epochs, args.epochs / 10)
+    longer = f"--warmup-epochs {args.warmup_epochs:g} exceeds --epochs {args.epochs}"
+    check(args.warmup_epochs <= args.epochs, longer)
     scale = {"linear": ratio, "sqrt": math.sqrt(ratio), "none": 1}[args.lr_scaling]
     args.scaled_lr = args.lr * scale
     check(args.increase_mi or args.mi_weight is None, "--mi-weight needs --increase-mi")

@@ -255,6 +255,21 @@ def test_what_the_compiler_cannot_do_ends_in_one_line(folder, monkeypatch):
     torch._dynamo.reset()
 
 
+def test_warm_up_is_cut_to_a_tenth_unless_it_is_given(folder):
+    """Ten epochs in the presets, one here, of four steps."""
+    store(toy(), "toy.pt")
+    configs = {}
+    for given in "", "0.75", "1":
+        flag = ["--warmup-epochs", given] if given else []
+        succeed("simclr", "--dataset", "toy.pt", *TINY, *flag, "--out", f"run{given}")
+        configs[given] = json.loads(Path(f"run{given}/config.json").read_text())["config"]
+    epochs = {given: config["warmup_epochs"] for given, config in configs.items()}
+    assert epochs == {"": 0.1, "0.75": 0.75, "1": 1.0}
+    assert read_log(Path("run1"))[0]["lr"] == configs["1"]["scaled_lr"]  # all four steps rise
+    message = fail("simclr", "--dataset", "toy.pt", *TINY, "--warmup-epochs", "1.5", "--out", "no")
+    assert "--warmup-epochs 1.5 exceeds --epochs 1" in message and not Path("no").exists()
+
+
 def test_views_together_or_apart_by_flag(folder):
     store(toy(), "toy.pt")
     runs = {}
