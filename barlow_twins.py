@@ -95,7 +95,7 @@ IMAGENET = {
     "optimizer": "lars",  # official
     "lr": 0.2,  # official
     "weight_decay": 1e-6,  # official
-    "image_size": 224,
+    "image_size": 224,  # official
     "loss_scale": 0.024,  # .0048 / .2: biases and norms get the official rate, LARS hides the rest
 }
 PRESETS = {
@@ -115,10 +115,10 @@ PRESETS = {
     "cifar10": {},
     "cifar100": {},  # solo: as CIFAR-10
     "stl10": {"blur": 1.0, "image_size": 96},  # official: blur
-    "tiny_imagenet": {"image_size": 64},
+    "tiny_imagenet": {"image_size": 64},  # not published: as CIFAR-10
     "imagenet100": IMAGENET
     | {"lr": 0.3, "loss_scale": 0.1, "epochs": 400, "batch_size": 256},  # solo; its LARS is clipped
-    "imagenet": IMAGENET
+    "imagenet": IMAGENET  # official
     | {"arch": "resnet50", "hidden_dim": 8192, "dim": 8192, "epochs": 1000, "batch_size": 2048},
     "shapes": {  # ours: seconds an epoch on two cores
         "epochs": 8,

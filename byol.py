@@ -119,7 +119,7 @@ IMAGENET = {
     "optimizer": "lars",  # deepmind
     "lr": 0.45,  # deepmind, 100 epochs
     "weight_decay": 1e-6,  # deepmind
-    "image_size": 224,
+    "image_size": 224,  # deepmind
 }
 PRESETS = {
     "default": {

@@ -146,16 +146,16 @@ class CARLCARP(nn.Module):
 
 # S001: chapters 5.6-5.8 (CARL) and 6.5 (CARP).
 IMAGENET = {  # S001 6.5, which is CARP's; for CARL there is none
-    "arch": "resnet50",
-    "num_prototypes": 3000,
+    "arch": "resnet50",  # 6.5
+    "num_prototypes": 3000,  # 6.5
     "crop_min": 0.15,  # listing 3: .15 to .925; text: .125 to .925; here to 1
     "blur": 0.5,  # text; listing 3: view 1 always, view 2 a tenth and solarised. Here: symmetric
-    "optimizer": "lars",
+    "optimizer": "lars",  # 6.5
     "lr": 5.4,  # with batch 256, says the text; .45 * 3072 / 256, so it fits a batch of 3072
-    "lr_scaling": "none",
-    "warmup_epochs": 0,
-    "image_size": 224,
-    "hidden_dim": 2048,
+    "lr_scaling": "none",  # said for one batch alone
+    "warmup_epochs": 0,  # none is mentioned
+    "image_size": 224,  # 6.5
+    "hidden_dim": 2048,  # 6.5: as wide as h
 }
 CARP_IMAGENET = {"num_prototypes": 3000, "num_blocks": 12}  # S001 6.5
 CARP_IMAGENET |= {"kl_start": 2.0, "kl_end": 0.15, "kl_decay": 0.15}  # over 30 of 200 epochs
@@ -167,8 +167,8 @@ PRESETS = {
         "kl_decay": 0.5,  # S001: 100 of 150 epochs (CIFAR), of 200 (STL-10)
         "blur": 0.5,  # S001 5.8.3
         "optimizer": "adam",  # as our SimCLR; S001: SGD and LARS, lr .6, weight decay 5e-4
-        "lr": 1e-3,
-        "weight_decay": 1e-6,
+        "lr": 1e-3,  # as our SimCLR's, for 256 images
+        "weight_decay": 1e-6,  # as our SimCLR's
         "batch_size": 256,  # S001, as 200 epochs
     },
     "carp": {"num_blocks": 4, "num_prototypes": 256},  # none published for small images: ours

@@ -134,10 +134,10 @@ class CorInfoMax(nn.Module):
 
 # S003: chapter 5.2 and appendix B; what the README of serdarozsoy/corinfomax-ssl has otherwise.
 IMAGENET = {
-    "color_strength": 1.0,
+    "color_strength": 1.0,  # S003 B.1
     "blur": 1.0,  # view 2 a tenth
-    "image_size": 224,
-    "alpha": 500.0,
+    "image_size": 224,  # S003
+    "alpha": 500.0,  # S003, ImageNet-100, as all below
     "hidden_dim": 4096,
     "dim": 128,
     "lr": 1.0,
@@ -153,7 +153,7 @@ PRESETS = {
         "blur": 1.0,  # S003 B.1: on CIFAR too; view 2 a tenth
         "optimizer": "sgd",  # S003
         "lr": 0.5,  # S003, for 512 images
-        "lr_scaling": "none",
+        "lr_scaling": "none",  # S003: one batch for each dataset
         "weight_decay": 1e-4,  # S003
         "warmup_epochs": 10,  # S003
         "epochs": 200,  # S003: 1000
@@ -166,7 +166,7 @@ PRESETS = {
         "arch": "resnet50",  # S003
         "alpha": 500.0,  # S003
         "forgetting": 0.1,  # S003 5.2.5; B.2: .01
-        "hidden_dim": 4096,
+        "hidden_dim": 4096,  # S003, as all below
         "dim": 128,
         "batch_size": 1024,
         "epochs": 800,

@@ -89,9 +89,9 @@ IMAGENET = {
     "temperature": 0.1,  # google, 100 epochs
     "optimizer": "lars",  # google
     "lr": 1.2,  # google: .075 sqrt(batch), the same at every batch
-    "lr_scaling": "sqrt",
+    "lr_scaling": "sqrt",  # google
     "weight_decay": 1e-6,  # paper; google's README: 1e-4
-    "image_size": 224,
+    "image_size": 224,  # google
 }
 PRESETS = {
     "default": {
@@ -106,7 +106,12 @@ PRESETS = {
         "batch_size": 512,  # google, htdt
     },
     "stl10": {"epochs": 200, "batch_size": 256, "blur": 0.5, "image_size": 96},  # S001 5.8.3
-    "imagenette": {"color_strength": 1.0, "blur": 0.5, "image_size": 128, "batch_size": 256},
+    "imagenette": {
+        "color_strength": 1.0,  # google, ImageNet
+        "blur": 0.5,  # google, ImageNet
+        "image_size": 128,  # S000, for BYOL
+        "batch_size": 256,  # solo, on larger images
+    },
     "imagenet100": IMAGENET | {"epochs": 400},  # solo: 400 epochs
     "imagenet": IMAGENET | {"arch": "resnet50", "epochs": 100},  # google
     "tiny_imagenet": {"image_size": 64},  # htdt: as CIFAR-10

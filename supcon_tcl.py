@@ -152,9 +152,9 @@ PRESETS = {
         "dim": 128,  # 5.1
         "optimizer": "sgd",  # A.1
         "lr": 0.1,  # A.1, CIFAR-10
-        "lr_scaling": "none",
+        "lr_scaling": "none",  # A.1: rates are given for each batch
         "weight_decay": 1e-4,  # A.1
-        "warmup_epochs": 0,
+        "warmup_epochs": 0,  # released code: none
         "epochs": 100,  # A.1
         "batch_size": 64,  # A.1: 128 views
     },
@@ -168,8 +168,8 @@ PRESETS = {
         "hidden_dim": 2048,  # A.3
         "dim": 256,  # A.3
         "optimizer": "adam",  # as our SimCLR; A.3: LARS (in solo-learn clipped), lr .5
-        "lr": 1e-3,
-        "weight_decay": 1e-6,
+        "lr": 1e-3,  # as our SimCLR's, for 256 images
+        "weight_decay": 1e-6,  # as our SimCLR's; A.3: 1e-4
         "warmup_epochs": 10,  # solo-learn
         "epochs": 200,  # A.3: 1000
         "batch_size": 256,  # A.3
@@ -177,13 +177,13 @@ PRESETS = {
     "cifar10": {},
     "cifar100": {"lr": 0.2, "k1": 4000.0, "batch_size": 128},  # A.1, 256 views
     "fashion_mnist": {"augment": "crop_flip", "lr": 0.09},  # A.1
-    "stl10": {"image_size": 96},
+    "stl10": {"image_size": 96},  # not in S004: as CIFAR-10
     "tiny_imagenet": {"image_size": 64, "lr": 0.2, "k1": 4000.0, "batch_size": 128},  # as CIFAR-100
     "imagenet100": {"image_size": 224, "lr": 0.3, "k1": 4000.0, "batch_size": 128},  # A.1
     "imagenet100 supcon": {"lr": 0.2},  # A.1
     "imagenet100 self_supervised": {"hidden_dim": 4096, "lr": 1e-3, "epochs": 400},  # A.3
     "imagenet": {"image_size": 224, "lr": 0.3, "k1": 4000.0, "batch_size": 128},  # the same
-    "imagenet self_supervised": {"hidden_dim": 4096},
+    "imagenet self_supervised": {"hidden_dim": 4096},  # not in S004: as ImageNet-100
     "shapes": SHAPES,
     "shapes self_supervised": SHAPES | {"epochs": 6},  # three views
 }

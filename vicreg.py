@@ -105,7 +105,7 @@ IMAGENET = {
     "optimizer": "lars",  # official
     "lr": 0.3,  # official, batch 512, 100 epochs
     "weight_decay": 1e-6,  # official
-    "image_size": 224,
+    "image_size": 224,  # official
 }
 PRESETS = {
     "default": {
@@ -114,7 +114,7 @@ PRESETS = {
         "crop_min": 0.2,  # solo, CIFAR; official .08
         "blur": 0.0,  # solo on CIFAR; official 1.0
         "optimizer": "adam",  # as our SimCLR; official and solo: LARS
-        "lr": 1e-3,  # for 256 images, after a warm-up of hundreds of steps
+        "lr": 1e-3,  # for 256 images; too much for a warm-up of 20 steps (README.md)
         "weight_decay": 1e-6,  # official
         "warmup_epochs": 10,  # official, solo
         "epochs": 200,  # the shorter of the public benchmarks; solo: 1000
@@ -123,9 +123,9 @@ PRESETS = {
     "cifar10": {},
     "cifar100": {},  # solo: as CIFAR-10
     "stl10": {"blur": 1.0, "image_size": 96},  # official: blur
-    "tiny_imagenet": {"image_size": 64},
+    "tiny_imagenet": {"image_size": 64},  # not published: as CIFAR-10
     "imagenet100": IMAGENET | {"crop_min": 0.2, "epochs": 400, "batch_size": 256},  # these: solo
-    "imagenet": IMAGENET
+    "imagenet": IMAGENET  # official, 100 epochs
     | {"arch": "resnet50", "hidden_dim": 8192, "dim": 8192, "epochs": 100, "batch_size": 512},
     "shapes": {  # ours: seconds an epoch on two cores
         "epochs": 8,
