@@ -658,7 +658,7 @@ def test_learning_rate_without_warmup():
 
 @pytest.mark.parametrize("warmup", [0.4, 2.5, 7.9])
 def test_learning_rate_never_exceeds_the_base(warmup):
-    """The warm-up, at most a tenth of the epochs, need not be a whole number of steps."""
+    """The warm-up need not be a whole number of steps."""
     rates = [common.learning_rate(step, 30, warmup, 1.0) for step in range(30)]
     assert max(rates) <= 1.0
     assert rates[int(warmup) + 1 :] == sorted(rates[int(warmup) + 1 :], reverse=True)
