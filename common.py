@@ -28,9 +28,11 @@ import math
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import torch
@@ -79,16 +81,53 @@ def run(main) -> None:
     sys.exit(2)
 
 
+class StopSignals:
+    """Ctrl-C or SIGTERM, noted in `.number`, for a run to end after its step; the second one raises
+    KeyboardInterrupt at once."""
+
+    number = None
+
+    def __enter__(self):
+        both, self.before = (signal.SIGINT, signal.SIGTERM), {}
+        with contextlib.suppress(ValueError):  # not in the main thread: they come as ever
+            self.before = {number: signal.signal(number, self.note) for number in both}
+        return self
+
+    def __exit__(self, *error):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def note(self, number, frame):
+        if self.number is not None:
+            raise KeyboardInterrupt
+        self.number = number
+        print("\nstopping after this step; once more stops at once", file=sys.stderr, flush=True)
+
+
+def sync_folder(folder):
+    """Flush what was renamed in a folder, where the system can."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
 @contextlib.contextmanager
-def atomic_write(path):
-    """A binary file that takes its name when it is whole: written beside, flushed, renamed."""
+def atomic_write(path, previous=None):
+    """A binary file that takes its name when it is whole: written beside, flushed, renamed. What
+    had the name before keeps another one, if `previous` gives it."""
     temporary = Path(f"{path}.tmp")
     try:
         with open(temporary, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
+        if previous and Path(path).exists():
+            os.replace(path, previous)
         os.replace(temporary, path)
+        sync_folder(Path(path).parent)
     except RuntimeError as error:  # how torch.save reports a full disk
         raise OSError(errno.EIO, f"could not be written ({error})", str(path)) from None
     finally:
@@ -426,12 +465,12 @@ def decode(split, items, batch_size, args, recipes=()):
         yield images.to(args.device, non_blocking=True), labels.to(args.device, non_blocking=True)
 
 
-def training_batches(split, epoch, args, recipes):
-    """The batches of an epoch: uint8 images [B, 3, H, W], or crops [B, V, 3, S, S] from disk, and
-    labels [B], on the device. The order depends on seed and epoch alone; a short last batch is
-    dropped."""
+def training_batches(split, epoch, args, recipes, skip=0):
+    """The batches of an epoch after the first `skip`: uint8 images [B, 3, H, W], or crops
+    [B, V, 3, S, S] from disk, and labels [B], on the device. The order depends on seed and epoch
+    alone; a short last batch is dropped."""
     order = torch.randperm(len(split), generator=generator(args.seed, "order", epoch))
-    order = order[: len(split) // args.batch_size * args.batch_size]
+    order = order[skip * args.batch_size : len(split) // args.batch_size * args.batch_size]
     if not split.in_memory:
         items = [(i, epoch * len(split) + i) for i in order.tolist()]
         yield from decode(split, items, args.batch_size, args, recipes)
@@ -1158,6 +1197,9 @@ def base_parser(description):
                    "'default' on a GPU for runs of 2000 steps or more, else off)")
     p.add_argument("--out", help="folder of the run (default: runs/METHOD_DATASET_ARCH)")
     p.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
+    p.add_argument("--save-every", type=whole, default=0, help="epochs between milestones, "
+                   "checkpoint_EPOCH.pt, that are kept beside checkpoint.pt; 0: none")
+    p.add_argument("--keep", type=count, default=3, help="how many milestones, the newest")
     p.add_argument("--knn-every", type=whole, default=10, help="epochs between kNN figures; 0 none")
     return p
 # fmt: on
@@ -1300,9 +1342,9 @@ class Progress:
     """A bar on a terminal, a line a minute in a file. Reading a loss waits for the device: it is
     done here alone, twice a second at most."""
 
-    def __init__(self, label, steps, batch_size):
+    def __init__(self, label, steps, batch_size, first=0):
         self.label, self.steps, self.batch_size = label, steps, batch_size
-        self.terminal, self.start, self.first = sys.stdout.isatty(), time.time(), 0
+        self.terminal, self.start, self.first = sys.stdout.isatty(), time.time(), first
         self.last = self.start
 
     def leave_out(self, done):
@@ -1329,7 +1371,8 @@ class Progress:
         print(before + text, end=end, flush=True)
 
 
-OWN_FILES = {"config.json", "log.jsonl", "views.png"}  # of a run that ended before it saved
+# What a run leaves that ended before it saved a checkpoint
+OWN_FILES = {"config.json", "log.jsonl", "views.png", "not_finite.pt"}
 
 
 class RunFolder:
@@ -1337,25 +1380,41 @@ class RunFolder:
 
     def __init__(self, args, method, data):
         self.args, self.method, self.data, self.path = args, method, data, Path(args.out)
-        self.log, self.untrained = [], None
+        self.log, self.untrained, self.saved = [], None, time.time()
+
+    def newest(self):
+        """The last checkpoint that is whole, with its path, and a line about one that is not."""
+        path, before = self.path / "checkpoint.pt", self.path / "checkpoint.previous.pt"
+        try:
+            with contextlib.suppress(OSError, zipfile.BadZipFile):  # load_file says it better
+                damaged = zipfile.ZipFile(path).testzip()  # checksums, which torch.load skips
+                check(damaged is None, f"{path}: damaged in {damaged}")
+            return path, load_file(path)
+        except InputError as error:
+            if not before.is_file():
+                raise
+            print(f"{error}; going on from {before}", file=sys.stderr)
+            return before, load_file(before)
 
     def open(self, model, optimizer, scaler):
-        """Make the folder, or go on from its checkpoint. Returns epochs and steps already done."""
+        """Make the folder, or go on from its checkpoint. Returns epochs and steps already done, and
+        the sums of the logged terms over the steps of an epoch that was not finished."""
         if not self.args.resume:
-            there = any((self.path / name).exists() for name in ("checkpoint.pt", "encoder.pt"))
+            names = "checkpoint.pt", "checkpoint.previous.pt", "encoder.pt"
+            there = any((self.path / name).exists() for name in names)
             check(not there, f"{self.path} holds a run: add --resume, or choose another --out")
             free = not self.path.exists() or {f.name for f in self.path.iterdir()} <= OWN_FILES
             check(free, f"{self.path} holds files that are not a run's: choose another --out")
             self.path.mkdir(parents=True, exist_ok=True)
             write_json(describe(self.args), self.path / "config.json")
-            return 0, 0
-        path = self.path / "checkpoint.pt"
-        saved = load_file(path)
+            return 0, 0, {}
+        path, saved = self.newest()
         right = isinstance(saved, dict) and saved.get("method") == self.method
         needed = {"config", "epoch", "step", "model", "optimizer", "scaler", "log", "untrained"}
-        right = right and needed <= saved.keys() and isinstance(saved["config"], dict)
+        right = right and needed | {"sums"} <= saved.keys() and isinstance(saved["config"], dict)
         check(right, f"{path}: not a checkpoint of {self.method}")
         free = {"resume", "out", "data_dir", "device", "workers", "compile", "scaled_lr"}
+        free |= {"save_every", "keep"}
         for key in sorted(vars(self.args)):
             now, then = getattr(self.args, key), saved["config"].get(key)
             what = f"--{key.replace('_', '-')} {then}, not {now}"
@@ -1369,25 +1428,61 @@ class RunFolder:
         self.log, self.untrained = saved["log"], saved["untrained"]
         self.write_log()  # without what came after the checkpoint
         print(f"resumed from step {saved['step']} (epoch {saved['epoch']})")
-        return saved["epoch"], saved["step"]
+        sums = {key: value.to(self.args.device) for key, value in saved["sums"].items()}
+        return saved["epoch"], saved["step"], sums
 
     def write_log(self):
         with atomic_write(self.path / "log.jsonl") as file:
             file.write("".join(json.dumps(entry) + "\n" for entry in self.log).encode())
 
-    def save(self, model, optimizer, scaler, epoch, step):
-        """checkpoint.pt holds what is needed to go on, encoder.pt what is needed to use it."""
+    def save(self, model, optimizer, scaler, epoch, step, sums=None):
+        """checkpoint.pt holds what is needed to go on, encoder.pt what is needed to use it. sums:
+        of the terms so far, in the middle of an epoch."""
         a, d = self.args, self.data
         about = {"method": self.method, "epoch": epoch, "step": step, "config": vars(a)}
         about |= {"arch": a.arch, "stem": a.stem, "image_size": a.image_size, "dataset": d.name}
         about |= {"mean": list(d.mean), "std": list(d.std)}
         state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
         state |= {"scaler": scaler.state_dict(), "log": self.log, "untrained": self.untrained}
-        with atomic_write(self.path / "checkpoint.pt") as file:
+        state |= {"sums": sums or {}}
+        checkpoint = self.path / "checkpoint.pt"
+        with atomic_write(checkpoint, self.path / "checkpoint.previous.pt") as file:
             torch.save(about | state, file)
+        if a.save_every and not sums and epoch % a.save_every == 0:
+            with atomic_write(self.path / f"checkpoint_{epoch:05}.pt") as file:
+                file.write(checkpoint.read_bytes())
+            for old in sorted(self.path.glob("checkpoint_[0-9]*.pt"))[: -a.keep]:
+                old.unlink()
         weights = {k: v.cpu().contiguous() for k, v in model.backbone.state_dict().items()}
         with atomic_write(self.path / "encoder.pt") as file:
             torch.save(about | {"state_dict": weights}, file)
+        self.saved = time.time()
+
+    def wants_saving(self, epoch):
+        """At the first and the last epoch, at milestones, and once a minute."""
+        milestone = self.args.save_every and epoch % self.args.save_every == 0
+        return milestone or epoch in (1, self.args.epochs) or time.time() - self.saved > 60
+
+    def stop(self, number):
+        """After a signal and a last save: how to go on, and the exit status of that signal."""
+        words = [word for word in sys.argv if word != "--resume"]
+        print(f"stopped; to go on: {shlex.join(['python', *words, '--resume'])}")
+        sys.exit(128 + number)
+
+    def check_finite(self, recent, model, optimizer, lr):
+        """Stop at the first of the recent steps, [(step, {term: value})], whose loss is not finite;
+        what it left goes to not_finite.pt. checkpoint.pt is from before. Waits for the device."""
+        losses = torch.stack([terms["loss"].detach().float() for _, terms in recent])
+        if not losses.isfinite().all():
+            step, terms = recent[int(losses.isfinite().logical_not().nonzero()[0])]
+            terms = {key: float(value) for key, value in terms.items()}
+            state = {"step": step, "terms": terms, "lr": lr, "model": model.state_dict()}
+            path, what = self.path / "not_finite.pt", f"{terms}, learning rate {lr:.3g}"
+            with atomic_write(path) as file:
+                torch.save(state | {"optimizer": optimizer.state_dict()}, file)
+            wrong = f"step {step}: the loss is not finite: {what}"
+            raise InputError(f"{wrong}; try a lower --lr (state in {path})")
+        recent.clear()
 
 
 def save_views(split, augment, args, path):
@@ -1426,29 +1521,37 @@ def completed(model, args):
 
 def train(method, model, data, recipes, args):
     """Train `model`, a method, with one view per recipe, and write the run to args.out."""
+    with StopSignals() as stop:
+        train_until(stop, method, model, data, recipes, args)
+
+
+def train_until(stop, method, model, data, recipes, args):
+    """train, which after a step in which stop.number is set saves and exits."""
     model = completed(model, args)
     model = model.to(args.device, memory_format=torch.channels_last).train()
     optimizer = make_optimizer(model, args)
     scaler = torch.amp.GradScaler(torch.device(args.device).type, enabled=args.precision == "fp16")
     augment = Augment(recipes, args.image_size, data.mean, data.std, args.device)
-    folder = RunFolder(args, method, data)
-    done, step = folder.open(model, optimizer, scaler)
+    folder, recent = RunFolder(args, method, data), []
+    done, step, sums = folder.open(model, optimizer, scaler)
     print(json.dumps(describe(args)))
-    steps, saved = len(data.pretrain) // args.batch_size, time.time()
+    steps, state = len(data.pretrain) // args.batch_size, (model, optimizer, scaler)
     total, with_knn = steps * args.epochs, args.knn_every > 0 and data.test is not None
-    if not done:
+    if not step:
         save_views(data.pretrain.spread(8), augment, args, folder.path / "views.png")
         folder.untrained = knn_monitor(model.backbone, data, args) if with_knn else None
     elif done == args.epochs:  # stopped while it saved: the encoder may be older than the rest
-        folder.save(model, optimizer, scaler, done, step)
+        folder.save(*state, done, step)
     forward, apart, compiling = compiled(model, args), {}, args.compile != "off"
     if not recipes[0].policy:  # which goes by groups of images, of any size
         augment.apply = compiled(augment.apply, args)
+    patience = 1 if torch.device(args.device).type == "cpu" else 64  # steps between two looks
 
     for epoch in range(done + 1, args.epochs + 1):
-        bar, sums = Progress(f"epoch {epoch}/{args.epochs}", steps, args.batch_size), {}
-        batches = training_batches(data.pretrain, epoch, args, recipes)
-        for i, (images, labels) in enumerate(batches, 1):
+        skip = step - (epoch - 1) * steps  # where an epoch was stopped
+        bar = Progress(f"epoch {epoch}/{args.epochs}", steps, args.batch_size, skip)
+        batches = training_batches(data.pretrain, epoch, args, recipes, skip)
+        for i, (images, labels) in enumerate(batches, skip + 1):
             lr = learning_rate(step, total, args.warmup_epochs * steps, args.scaled_lr)
             for group in optimizer.param_groups:
                 group["lr"] = lr
@@ -1464,18 +1567,24 @@ def train(method, model, data, recipes, args):
             step += 1
             if hasattr(model, "after_step"):
                 model.after_step(step / total)
-            for key, value in {"loss": loss, **terms}.items():  # summed where they are, read later
-                sums[key] = sums.get(key, 0) + value.detach().float()
-            if compiling and i == 3 < steps:  # three steps, for CUDA graphs record the second
+            terms = {k: v.detach().float().clone() for k, v in {"loss": loss, **terms}.items()}
+            sums = {k: sums.get(k, 0) + v for k, v in terms.items()}  # read later
+            recent.append((step, terms))
+            if compiling and i == skip + 3 < steps:  # three: CUDA graphs record the second
                 sums["loss"].item()
                 compiling, apart = False, {"compile_seconds": round(bar.leave_out(i), 1)}
+            if len(recent) >= patience or i == steps or stop.number:
+                folder.check_finite(recent, model, optimizer, lr)
+            if stop.number and i < steps:
+                folder.save(*state, epoch - 1, step, sums)
+                folder.stop(stop.number)
             bar.update(i, sums["loss"])
 
         entry = {"epoch": epoch, "step": step}
         entry |= {key: float(value) / steps for key, value in sums.items()}
-        check(math.isfinite(entry["loss"]), f"the loss is not finite: {entry}; try a lower --lr")
         entry |= {"lr": lr, "images_per_second": round(bar.rate(steps), 1)} | apart
-        apart, features = {}, encode(model.backbone, data.train.spread(1024), args, data)
+        sums, apart = {}, {}
+        features = encode(model.backbone, data.train.spread(1024), args, data)
         check(features.isfinite().all(), f"the features are not finite: {entry}; try a lower --lr")
         entry |= collapse_figures(features)
         if with_knn and (epoch == args.epochs or epoch % args.knn_every == 0):
@@ -1484,9 +1593,10 @@ def train(method, model, data, recipes, args):
         folder.write_log()
         shown = "  ".join(f"{key} {value:.4g}" for key, value in list(entry.items())[2:])
         bar.show(f"{bar.label}  {shown}")
-        if epoch in (1, args.epochs) or time.time() - saved > 60:
-            folder.save(model, optimizer, scaler, epoch, step)
-            saved = time.time()
+        if folder.wants_saving(epoch) or stop.number:
+            folder.save(*state, epoch, step)
+        if stop.number and epoch < args.epochs:
+            folder.stop(stop.number)
 
     say_what_next(folder, data, args)
 

@@ -3,14 +3,17 @@ that an interrupted run goes on exactly, that nothing is random but for the seed
 ends in one line and leaves nothing behind, and that the drawn dataset is learned."""
 
 import contextlib
+import errno
 import functools
 import importlib
 import io
 import itertools
 import json
 import math
+import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import urllib.error
@@ -490,6 +493,146 @@ def test_interrupted_while_saving(finished, folder, monkeypatch, n):
     interrupt_and_resume(finished, monkeypatch, torch, "save", n)
 
 
+def without_speed(out):
+    return [{k: v for k, v in entry.items() if k != "images_per_second"} for entry in read_log(out)]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("at", [6, 8], ids=["within an epoch", "at its end"])
+@first_method
+def test_a_signal_ends_the_run_after_its_step(finished, folder, monkeypatch, number, at):
+    """Saved, with the line that goes on; nothing is repeated or left out on --resume."""
+    steps, learning_rate = itertools.count(1), common.learning_rate
+
+    def in_that_step(*given):
+        if next(steps) == at:
+            os.kill(os.getpid(), number)
+        return learning_rate(*given)
+
+    argv = [*finished.argv, "--out", "run"]
+    with monkeypatch.context() as patch:
+        patch.setattr(common, "learning_rate", in_that_step)
+        status, out, err = call(finished.script, *argv)
+    assert status == 128 + number and "once more stops at once" in err
+    assert out.splitlines()[-1] == shlex.join(
+        ["stopped; to go on: python", f"{finished.script}.py", *map(str, argv), "--resume"]
+    ).replace("'stopped; to go on: python'", "stopped; to go on: python")
+    assert signal.getsignal(number) in (signal.default_int_handler, signal.SIG_DFL)
+    saved = load("run/checkpoint.pt")
+    assert (saved["step"], saved["epoch"]) == (at, at // 4)
+    printed = succeed(finished.script, *argv, "--resume")
+    assert f"resumed from step {at} (epoch {at // 4})" in printed
+    theirs = load(finished.out / "encoder.pt")["state_dict"]
+    assert same_tensors(load("run/encoder.pt")["state_dict"], theirs)
+    assert without_speed(Path("run")) == without_speed(finished.out)
+
+
+@first_method
+def test_a_second_signal_stops_at_once(finished, folder, monkeypatch):
+    learning_rate = common.learning_rate
+
+    def twice(*given):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        return learning_rate(*given)
+
+    monkeypatch.setattr(common, "learning_rate", twice)
+    status, _, err = call(finished.script, *finished.argv, "--out", "run")
+    assert status == 130 and err.count("\n") == 3 and not Path("run/checkpoint.pt").exists()
+
+
+@first_method
+@pytest.mark.parametrize("damage", ["cut", "empty", "a byte", "gone"])
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(finished, folder, damage):
+    shutil.copytree(finished.out, "run")
+    path = Path("run/checkpoint.pt")
+    content = bytearray(path.read_bytes())
+    middle = len(content) // 2
+    content[middle] ^= 255
+    if damage == "gone":  # killed between two renames
+        path.unlink()
+    else:
+        path.write_bytes({"cut": content[:middle], "empty": b"", "a byte": content}[damage])
+    status, out, err = call(finished.script, *finished.argv, "--out", "run", "--resume")
+    assert status == 0 and "resumed from step 4 (epoch 1)" in out
+    assert "run/checkpoint.pt: " in err and "going on from run/checkpoint.previous.pt" in err
+    theirs = load(finished.out / "encoder.pt")["state_dict"]
+    assert same_tensors(load("run/encoder.pt")["state_dict"], theirs)
+    assert without_speed(Path("run")) == without_speed(finished.out)
+    for name in "checkpoint.pt", "checkpoint.previous.pt":
+        Path("run", name).write_bytes(b"no checkpoint")
+    before = listing(folder)
+    status, out, err = call(finished.script, *finished.argv, "--out", "run", "--resume")
+    assert status == 2 and "checkpoint.previous.pt" in err and listing(folder) == before
+
+
+def test_every_failing_write_leaves_a_whole_checkpoint(folder, monkeypatch):
+    """The n-th rename or flush to disk of a run fails, for every n: what follows goes on from some
+    checkpoint, or from the start, and ends with the same weights."""
+    store(toy(16), "toy.pt")
+    argv = ["--dataset", "toy.pt", *TINY, "--epochs", "2"]
+    succeed("simclr", *argv, "--out", "whole")
+    theirs, argv = load("whole/encoder.pt")["state_dict"], [*argv, "--out", "run"]
+    for name in "replace", "fsync":
+        function, failed = getattr(os, name), 0
+        for n in itertools.count(1):
+            calls = itertools.count(1)
+
+            def fail_once(*given, n=n, calls=calls, function=function):
+                if next(calls) == n:
+                    raise OSError(errno.ENOSPC, "No space left on device")
+                return function(*given)
+
+            with monkeypatch.context() as patch:
+                patch.setattr(os, name, fail_once)
+                status, _, err = call("simclr", *argv)
+            assert not list(Path("run").glob("*.tmp"))
+            if status:  # not where a folder could not be flushed: the file was, and is there
+                failed += 1
+                assert status == 2 and "No space left on device" in err and err.count("\n") == 1
+                resume = ["--resume"] if list(Path("run").glob("checkpoint*.pt")) else []
+                status, _, err = call("simclr", *argv, *resume)
+                assert status == 0, err
+            assert same_tensors(load("run/encoder.pt")["state_dict"], theirs)
+            shutil.rmtree("run")
+            if next(calls) <= n:  # the run had fewer calls
+                break
+        assert failed >= 8
+
+
+@first_method
+def test_milestones_are_kept(finished, folder):
+    succeed(finished.script, *finished.argv, "--out", "run", "--save-every", "1", "--keep", "2")
+    kept = sorted(path.name for path in Path("run").glob("checkpoint_*.pt"))
+    assert kept == ["checkpoint_00002.pt", "checkpoint_00003.pt"]
+    assert [load(Path("run", name))["epoch"] for name in kept] == [2, 3]
+    last = load("run/checkpoint.pt")["model"]
+    assert same_tensors(load("run/checkpoint_00003.pt")["model"], last)
+
+
+@first_method
+def test_a_loss_that_is_not_finite_stops_the_run(finished, folder, monkeypatch):
+    """In the sixth step: named, with its terms and rate; the checkpoint of epoch 1 stays."""
+    module = importlib.import_module(finished.script)
+    loss_of, calls = module.nt_xent_loss, itertools.count(1)
+
+    def poisoned(*given):
+        return loss_of(*given) * (float("nan") if next(calls) == 6 else 1)
+
+    argv = [*finished.argv, "--out", "run"]
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "nt_xent_loss", poisoned)
+        line = fail(finished.script, *argv)
+    assert "step 6: the loss is not finite" in line and "'mi_bound': nan" in line
+    assert "learning rate" in line and "run/not_finite.pt" in line
+    wrong = load("run/not_finite.pt")
+    assert wrong["step"] == 6 and {"terms", "lr", "model", "optimizer"} <= wrong.keys()
+    assert load("run/checkpoint.pt")["epoch"] == 1
+    succeed(finished.script, *argv, "--resume")
+    theirs = load(finished.out / "encoder.pt")["state_dict"]
+    assert same_tensors(load("run/encoder.pt")["state_dict"], theirs)
+
+
 @first_method
 def test_a_run_is_not_overwritten(finished):
     before = listing(finished.out)
@@ -681,7 +824,7 @@ def test_corrupt_image_among_streamed_ones(folder):
 def test_a_loss_that_is_not_finite_ends_the_run(folder):
     argv = [*flags("--optimizer sgd --lr-scaling none --out run")(), "--lr"]
     assert "not finite" in fail("simclr", *argv, "1e38")
-    assert {path.name for path in Path("run").iterdir()} <= {"config.json", "views.png"}
+    assert {path.name for path in Path("run").iterdir()} <= common.OWN_FILES
     succeed("simclr", *argv, "0.1")
 
 
