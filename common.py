@@ -26,6 +26,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -82,15 +83,18 @@ def run(main) -> None:
 
 
 class StopSignals:
-    """Ctrl-C or SIGTERM, noted in `.number`, for a run to end after its step; the second one raises
-    KeyboardInterrupt at once."""
+    """Ctrl-C or SIGTERM, noted in `.number`, for a run to end after its step. A second Ctrl-C, a
+    second later at least (launchers may send it twice), raises KeyboardInterrupt at once. Where
+    SIGINT is ignored, as behind a shell's &, it stays so."""
 
-    number = None
+    number, pause = None, 1.0
 
     def __enter__(self):
-        both, self.before = (signal.SIGINT, signal.SIGTERM), {}
-        with contextlib.suppress(ValueError):  # not in the main thread: they come as ever
-            self.before = {number: signal.signal(number, self.note) for number in both}
+        self.before = {}
+        with contextlib.suppress(ValueError):  # not in the main thread: signals come as ever
+            for number in signal.SIGINT, signal.SIGTERM:
+                if signal.getsignal(number) not in (signal.SIG_IGN, None):
+                    self.before[number] = signal.signal(number, self.note)
         return self
 
     def __exit__(self, *error):
@@ -98,10 +102,19 @@ class StopSignals:
             signal.signal(number, handler)
 
     def note(self, number, frame):
-        if self.number is not None:
+        if self.number is None:
+            self.number, self.at = number, time.monotonic()
+            with contextlib.suppress(OSError):  # print could fail where the terminal is gone
+                os.write(2, b"\nstopping after the step and saving; Ctrl-C again: at once\n")
+        elif number == signal.SIGINT and time.monotonic() - self.at >= self.pause:
             raise KeyboardInterrupt
-        self.number = number
-        print("\nstopping after this step; once more stops at once", file=sys.stderr, flush=True)
+
+
+def leave_signals_to_the_parent(worker):
+    """A worker process gets no signal of the terminal; it ends with the process that made it."""
+    os.setpgid(0, 0)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def sync_folder(folder):
@@ -112,6 +125,20 @@ def sync_folder(folder):
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+def second_name(path, name):
+    """Give a file that is never changed in place another name, which what had it loses."""
+    temporary = Path(f"{name}.tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        try:
+            os.link(path, temporary)
+        except OSError:  # a file system without links
+            shutil.copyfile(path, temporary)
+        os.replace(temporary, name)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -125,7 +152,7 @@ def atomic_write(path, previous=None):
             file.flush()
             os.fsync(file.fileno())
         if previous and Path(path).exists():
-            os.replace(path, previous)
+            second_name(path, previous)
         os.replace(temporary, path)
         sync_folder(Path(path).parent)
     except RuntimeError as error:  # how torch.save reports a full disk
@@ -144,10 +171,26 @@ def load_file(path):
     check(Path(path).is_file(), f"{path}: no such file")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, MemoryError):  # says nothing of the file
+        raise
     except Exception as error:  # a stranger's file can make torch.load raise anything
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         message = f"{path}: not a file that torch.load(weights_only=True) accepts ({reason})"
         raise InputError(message) from None
+
+
+def load_whole(path):
+    """load_file of what torch.save wrote, with the checksums that torch.load does not look at."""
+    check(Path(path).is_file(), f"{path}: no such file")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except OSError:
+        raise
+    except Exception as error:  # zipfile can raise anything for a damaged header
+        damaged = str(error) or type(error).__name__
+    check(damaged is None, f"{path}: damaged ({damaged})")
+    return load_file(path)
 
 
 def derived_seed(seed, purpose, number) -> int:
@@ -460,8 +503,9 @@ def decode(split, items, batch_size, args, recipes=()):
     source = DecodedViews(split, recipes, args.image_size, args.seed)
     pinned = torch.device(args.device).type == "cuda"
     for images, labels in torch.utils.data.DataLoader(
-        source, batch_sampler=batches, num_workers=args.workers, pin_memory=pinned
-    ):
+        source, batch_sampler=batches, num_workers=args.workers, pin_memory=pinned,
+        worker_init_fn=leave_signals_to_the_parent,
+    ):  # fmt: skip
         yield images.to(args.device, non_blocking=True), labels.to(args.device, non_blocking=True)
 
 
@@ -475,7 +519,7 @@ def training_batches(split, epoch, args, recipes, skip=0):
         items = [(i, epoch * len(split) + i) for i in order.tolist()]
         yield from decode(split, items, args.batch_size, args, recipes)
         return
-    for index in order.to(split.images.device).split(args.batch_size):
+    for index in order.to(split.images.device).split(args.batch_size) if len(order) else ():
         yield split.images[index], split.labels[index]
 
 
@@ -1382,19 +1426,28 @@ class RunFolder:
         self.args, self.method, self.data, self.path = args, method, data, Path(args.out)
         self.log, self.untrained, self.saved = [], None, time.time()
 
+    def milestones(self):
+        """The checkpoints that --save-every keeps, the oldest first."""
+        names = [path.name for path in self.path.glob("checkpoint_*.pt")]
+        names = [name for name in names if re.fullmatch(r"checkpoint_\d{5,}\.pt", name)]
+        return [self.path / name for name in sorted(names, key=lambda name: int(name[11:-3]))]
+
     def newest(self):
-        """The last checkpoint that is whole, with its path, and a line about one that is not."""
-        path, before = self.path / "checkpoint.pt", self.path / "checkpoint.previous.pt"
-        try:
-            with contextlib.suppress(OSError, zipfile.BadZipFile):  # load_file says it better
-                damaged = zipfile.ZipFile(path).testzip()  # checksums, which torch.load skips
-                check(damaged is None, f"{path}: damaged in {damaged}")
-            return path, load_file(path)
-        except InputError as error:
-            if not before.is_file():
-                raise
-            print(f"{error}; going on from {before}", file=sys.stderr)
-            return before, load_file(before)
+        """The newest checkpoint that is whole, and its path. Damaged ones before it are named."""
+        first, errors = self.path / "checkpoint.pt", []
+        others = [self.path / "checkpoint.previous.pt", *reversed(self.milestones())]
+        for path in [first, *(path for path in others if path.is_file())]:
+            try:
+                saved = load_whole(path)
+            except InputError as error:
+                errors.append(error)
+                continue
+            if errors:
+                print(f"{errors[0]}; going on from {path}", file=sys.stderr)
+                if first.exists():  # it must not become the previous one
+                    os.replace(first, self.path / "checkpoint.damaged.pt")
+            return path, saved
+        raise errors[0]
 
     def open(self, model, optimizer, scaler):
         """Make the folder, or go on from its checkpoint. Returns epochs and steps already done, and
@@ -1406,12 +1459,13 @@ class RunFolder:
             free = not self.path.exists() or {f.name for f in self.path.iterdir()} <= OWN_FILES
             check(free, f"{self.path} holds files that are not a run's: choose another --out")
             self.path.mkdir(parents=True, exist_ok=True)
+            (self.path / "not_finite.pt").unlink(missing_ok=True)
             write_json(describe(self.args), self.path / "config.json")
             return 0, 0, {}
         path, saved = self.newest()
         right = isinstance(saved, dict) and saved.get("method") == self.method
         needed = {"config", "epoch", "step", "model", "optimizer", "scaler", "log", "untrained"}
-        right = right and needed | {"sums"} <= saved.keys() and isinstance(saved["config"], dict)
+        right = right and needed <= saved.keys() and isinstance(saved["config"], dict)
         check(right, f"{path}: not a checkpoint of {self.method}")
         free = {"resume", "out", "data_dir", "device", "workers", "compile", "scaled_lr"}
         free |= {"save_every", "keep"}
@@ -1428,35 +1482,39 @@ class RunFolder:
         self.log, self.untrained = saved["log"], saved["untrained"]
         self.write_log()  # without what came after the checkpoint
         print(f"resumed from step {saved['step']} (epoch {saved['epoch']})")
-        sums = {key: value.to(self.args.device) for key, value in saved["sums"].items()}
+        sums = {key: value.to(self.args.device) for key, value in saved.get("sums", {}).items()}
         return saved["epoch"], saved["step"], sums
 
     def write_log(self):
         with atomic_write(self.path / "log.jsonl") as file:
             file.write("".join(json.dumps(entry) + "\n" for entry in self.log).encode())
 
-    def save(self, model, optimizer, scaler, epoch, step, sums=None):
-        """checkpoint.pt holds what is needed to go on, encoder.pt what is needed to use it. sums:
-        of the terms so far, in the middle of an epoch."""
+    def about(self, epoch, step):
         a, d = self.args, self.data
         about = {"method": self.method, "epoch": epoch, "step": step, "config": vars(a)}
         about |= {"arch": a.arch, "stem": a.stem, "image_size": a.image_size, "dataset": d.name}
-        about |= {"mean": list(d.mean), "std": list(d.std)}
+        return about | {"mean": list(d.mean), "std": list(d.std)}
+
+    def save(self, model, optimizer, scaler, epoch, step, sums=None):
+        """checkpoint.pt holds what is needed to go on, encoder.pt what is needed to use it. sums:
+        of the terms so far, in the middle of an epoch."""
         state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
         state |= {"scaler": scaler.state_dict(), "log": self.log, "untrained": self.untrained}
-        state |= {"sums": sums or {}}
+        state |= {"sums": sums or {}} | self.about(epoch, step)
         checkpoint = self.path / "checkpoint.pt"
         with atomic_write(checkpoint, self.path / "checkpoint.previous.pt") as file:
-            torch.save(about | state, file)
-        if a.save_every and not sums and epoch % a.save_every == 0:
-            with atomic_write(self.path / f"checkpoint_{epoch:05}.pt") as file:
-                file.write(checkpoint.read_bytes())
-            for old in sorted(self.path.glob("checkpoint_[0-9]*.pt"))[: -a.keep]:
+            torch.save(state, file)
+        self.save_encoder(model, epoch, step)
+        if self.args.save_every and not sums and epoch % self.args.save_every == 0:
+            second_name(checkpoint, self.path / f"checkpoint_{epoch:05}.pt")
+            for old in self.milestones()[: -self.args.keep]:
                 old.unlink()
+        self.saved = time.time()
+
+    def save_encoder(self, model, epoch, step):
         weights = {k: v.cpu().contiguous() for k, v in model.backbone.state_dict().items()}
         with atomic_write(self.path / "encoder.pt") as file:
-            torch.save(about | {"state_dict": weights}, file)
-        self.saved = time.time()
+            torch.save(self.about(epoch, step) | {"state_dict": weights}, file)
 
     def wants_saving(self, epoch):
         """At the first and the last epoch, at milestones, and once a minute."""
@@ -1466,22 +1524,24 @@ class RunFolder:
     def stop(self, number):
         """After a signal and a last save: how to go on, and the exit status of that signal."""
         words = [word for word in sys.argv if word != "--resume"]
-        print(f"stopped; to go on: {shlex.join(['python', *words, '--resume'])}")
+        with contextlib.suppress(OSError):
+            print(f"stopped; to go on: {shlex.join(['python', *words, '--resume'])}", flush=True)
         sys.exit(128 + number)
 
-    def check_finite(self, recent, model, optimizer, lr):
-        """Stop at the first of the recent steps, [(step, {term: value})], whose loss is not finite;
-        what it left goes to not_finite.pt. checkpoint.pt is from before. Waits for the device."""
-        losses = torch.stack([terms["loss"].detach().float() for _, terms in recent])
+    def check_finite(self, recent, model, optimizer):
+        """Stop at the first of the recent steps, [(step, lr, {term: value})], whose loss is not
+        finite; the state after the last of them goes to not_finite.pt. What was saved is from
+        before. Waits for the device."""
+        losses = torch.stack([terms["loss"] for _, _, terms in recent])
         if not losses.isfinite().all():
-            step, terms = recent[int(losses.isfinite().logical_not().nonzero()[0])]
-            terms = {key: float(value) for key, value in terms.items()}
-            state = {"step": step, "terms": terms, "lr": lr, "model": model.state_dict()}
-            path, what = self.path / "not_finite.pt", f"{terms}, learning rate {lr:.3g}"
-            with atomic_write(path) as file:
-                torch.save(state | {"optimizer": optimizer.state_dict()}, file)
-            wrong = f"step {step}: the loss is not finite: {what}"
-            raise InputError(f"{wrong}; try a lower --lr (state in {path})")
+            step, lr, terms = recent[int(losses.isfinite().logical_not().nonzero()[0])]
+            terms, path = {k: float(v) for k, v in terms.items()}, self.path / "not_finite.pt"
+            state = {"step": step, "lr": lr, "terms": terms, "state_step": recent[-1][0]}
+            state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+            with contextlib.suppress(OSError), atomic_write(path) as file:  # the line matters more
+                torch.save(state, file)
+            wrong = f"step {step}: the loss is not finite: {terms}, learning rate {lr:.3g}"
+            raise InputError(f"{wrong}; try a lower --lr and another --out (state in {path})")
         recent.clear()
 
 
@@ -1541,11 +1601,13 @@ def train_until(stop, method, model, data, recipes, args):
         save_views(data.pretrain.spread(8), augment, args, folder.path / "views.png")
         folder.untrained = knn_monitor(model.backbone, data, args) if with_knn else None
     elif done == args.epochs:  # stopped while it saved: the encoder may be older than the rest
-        folder.save(*state, done, step)
+        folder.save_encoder(model, done, step)
+    check(0 <= step - done * steps <= steps, f"{args.out}: was made with another number of images")
     forward, apart, compiling = compiled(model, args), {}, args.compile != "off"
     if not recipes[0].policy:  # which goes by groups of images, of any size
         augment.apply = compiled(augment.apply, args)
     patience = 1 if torch.device(args.device).type == "cpu" else 64  # steps between two looks
+    begun = step
 
     for epoch in range(done + 1, args.epochs + 1):
         skip = step - (epoch - 1) * steps  # where an epoch was stopped
@@ -1569,19 +1631,21 @@ def train_until(stop, method, model, data, recipes, args):
                 model.after_step(step / total)
             terms = {k: v.detach().float().clone() for k, v in {"loss": loss, **terms}.items()}
             sums = {k: sums.get(k, 0) + v for k, v in terms.items()}  # read later
-            recent.append((step, terms))
-            if compiling and i == skip + 3 < steps:  # three: CUDA graphs record the second
+            recent.append((step, lr, terms))
+            if compiling and step == begun + 3:  # three: CUDA graphs record the second
                 sums["loss"].item()
                 compiling, apart = False, {"compile_seconds": round(bar.leave_out(i), 1)}
-            if len(recent) >= patience or i == steps or stop.number:
-                folder.check_finite(recent, model, optimizer, lr)
-            if stop.number and i < steps:
+            stopping = stop.number
+            if len(recent) >= patience or i == steps or stopping:
+                folder.check_finite(recent, model, optimizer)
+            if stopping:
                 folder.save(*state, epoch - 1, step, sums)
-                folder.stop(stop.number)
+                folder.stop(stopping)
             bar.update(i, sums["loss"])
 
         entry = {"epoch": epoch, "step": step}
         entry |= {key: float(value) / steps for key, value in sums.items()}
+        lr = learning_rate(step - 1, total, args.warmup_epochs * steps, args.scaled_lr)
         entry |= {"lr": lr, "images_per_second": round(bar.rate(steps), 1)} | apart
         sums, apart = {}, {}
         features = encode(model.backbone, data.train.spread(1024), args, data)
@@ -1590,13 +1654,14 @@ def train_until(stop, method, model, data, recipes, args):
         if with_knn and (epoch == args.epochs or epoch % args.knn_every == 0):
             entry["knn_top1"] = knn_monitor(model.backbone, data, args)
         folder.log.append(entry)
+        stopping = stop.number
+        if folder.wants_saving(epoch) or stopping:
+            folder.save(*state, epoch, step)
         folder.write_log()
         shown = "  ".join(f"{key} {value:.4g}" for key, value in list(entry.items())[2:])
         bar.show(f"{bar.label}  {shown}")
-        if folder.wants_saving(epoch) or stop.number:
-            folder.save(*state, epoch, step)
-        if stop.number and epoch < args.epochs:
-            folder.stop(stop.number)
+        if stopping and epoch < args.epochs:  # a whole run ends as one
+            folder.stop(stopping)
 
     say_what_next(folder, data, args)
 

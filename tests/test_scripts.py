@@ -497,33 +497,36 @@ def without_speed(out):
     return [{k: v for k, v in entry.items() if k != "images_per_second"} for entry in read_log(out)]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("at", [6, 8], ids=["within an epoch", "at its end"])
-@first_method
-def test_a_signal_ends_the_run_after_its_step(finished, folder, monkeypatch, number, at):
+@pytest.mark.parametrize(
+    "finished, at, number",
+    [("simclr", 6, signal.SIGINT), ("simclr", 8, signal.SIGTERM), ("byol", 6, signal.SIGTERM),
+     ("corinfomax", 6, signal.SIGINT), ("carl_carp", 6, signal.SIGTERM)],
+    indirect=["finished"],
+)  # fmt: skip
+def test_a_signal_ends_the_run_after_its_step(finished, folder, monkeypatch, capfd, number, at):
     """Saved, with the line that goes on; nothing is repeated or left out on --resume."""
-    steps, learning_rate = itertools.count(1), common.learning_rate
+    derived_seed, before = common.derived_seed, signal.getsignal(number)
 
-    def in_that_step(*given):
-        if next(steps) == at:
+    def in_that_step(seed, purpose, step):
+        if (purpose, step) == ("model", at - 1):
             os.kill(os.getpid(), number)
-        return learning_rate(*given)
+        return derived_seed(seed, purpose, step)
 
     argv = [*finished.argv, "--out", "run"]
     with monkeypatch.context() as patch:
-        patch.setattr(common, "learning_rate", in_that_step)
+        patch.setattr(common, "derived_seed", in_that_step)
         status, out, err = call(finished.script, *argv)
-    assert status == 128 + number and "once more stops at once" in err
+    assert status == 128 + number and "stopping after the step" in capfd.readouterr().err
     assert out.splitlines()[-1] == shlex.join(
         ["stopped; to go on: python", f"{finished.script}.py", *map(str, argv), "--resume"]
     ).replace("'stopped; to go on: python'", "stopped; to go on: python")
-    assert signal.getsignal(number) in (signal.default_int_handler, signal.SIG_DFL)
+    assert signal.getsignal(number) == before
     saved = load("run/checkpoint.pt")
-    assert (saved["step"], saved["epoch"]) == (at, at // 4)
+    assert (saved["step"], saved["epoch"]) == (at, 1)
     printed = succeed(finished.script, *argv, "--resume")
-    assert f"resumed from step {at} (epoch {at // 4})" in printed
-    theirs = load(finished.out / "encoder.pt")["state_dict"]
-    assert same_tensors(load("run/encoder.pt")["state_dict"], theirs)
+    assert f"resumed from step {at} (epoch 1)" in printed
+    theirs = load(finished.out / "checkpoint.pt")["model"]
+    assert same_tensors(load("run/checkpoint.pt")["model"], theirs)
     assert without_speed(Path("run")) == without_speed(finished.out)
 
 
@@ -537,8 +540,12 @@ def test_a_second_signal_stops_at_once(finished, folder, monkeypatch):
         return learning_rate(*given)
 
     monkeypatch.setattr(common, "learning_rate", twice)
-    status, _, err = call(finished.script, *finished.argv, "--out", "run")
-    assert status == 130 and err.count("\n") == 3 and not Path("run/checkpoint.pt").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(common.StopSignals, "pause", 0.0)
+        status, _, err = call(finished.script, *finished.argv, "--out", "run")
+    assert status == 130 and "interrupted" in err and not Path("run/checkpoint.pt").exists()
+    status, _, _ = call(finished.script, *finished.argv, "--out", "run")  # within a second: once
+    assert status == 130 and load("run/checkpoint.pt")["step"] == 1
 
 
 @first_method
@@ -559,11 +566,12 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(finished, folder, dama
     theirs = load(finished.out / "encoder.pt")["state_dict"]
     assert same_tensors(load("run/encoder.pt")["state_dict"], theirs)
     assert without_speed(Path("run")) == without_speed(finished.out)
+    assert common.load_whole("run/checkpoint.previous.pt")["epoch"] == 1
     for name in "checkpoint.pt", "checkpoint.previous.pt":
         Path("run", name).write_bytes(b"no checkpoint")
     before = listing(folder)
     status, out, err = call(finished.script, *finished.argv, "--out", "run", "--resume")
-    assert status == 2 and "checkpoint.previous.pt" in err and listing(folder) == before
+    assert status == 2 and "run/checkpoint.pt: damaged" in err and listing(folder) == before
 
 
 def test_every_failing_write_leaves_a_whole_checkpoint(folder, monkeypatch):
@@ -624,7 +632,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(finished, folder, monkeypatch):
         patch.setattr(module, "nt_xent_loss", poisoned)
         line = fail(finished.script, *argv)
     assert "step 6: the loss is not finite" in line and "'mi_bound': nan" in line
-    assert "learning rate" in line and "run/not_finite.pt" in line
+    rate = common.learning_rate(5, 12, 1.2, 0.1 * 16 / 256)
+    assert f"learning rate {rate:.3g}" in line and "run/not_finite.pt" in line
     wrong = load("run/not_finite.pt")
     assert wrong["step"] == 6 and {"terms", "lr", "model", "optimizer"} <= wrong.keys()
     assert load("run/checkpoint.pt")["epoch"] == 1
