@@ -1189,6 +1189,17 @@ def test_color_jitter_takes_images_of_any_float_type(dtype):
     assert differs.mean() < {torch.float64: 1e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}[dtype]
 
 
+def test_share_of_colour_is_that_of_a_regression():
+    """All of what is linear in the causes, none of what is not, half of an even mixture."""
+    from colour_share import explained
+
+    causes = torch.randn(4000, 2, generator=rng(), dtype=torch.float64)
+    other = torch.randn(4000, 2, generator=rng(1), dtype=torch.float64)
+    assert explained(3 * causes + 5, causes) == pytest.approx(1, abs=1e-12)
+    assert explained(other, causes) == pytest.approx(0, abs=0.01)
+    assert explained(causes + other, causes) == pytest.approx(0.5, abs=0.04)
+
+
 @pytest.mark.gpu
 def test_augmentation_on_cuda_equals_that_on_cpu():
     images = noise_bytes(32, 40)
