@@ -30,8 +30,9 @@ Differences
     the paper's scale, both directions added.
  4. Each view passes through the networks by itself, as in DeepMind's code: the two are not
     augmented alike, and batch norm should not mix their statistics.
- 5. Optimiser on small images: see PRESETS. Paper: LARS, batch 4096.
- 6. More than two views (--views): the mean of the loss over all pairs of views.
+ 5. The last layers have a bias, as in solo-learn; DeepMind's have none.
+ 6. Optimiser on small images: see PRESETS. Paper: LARS, batch 4096.
+ 7. More than two views (--views): the mean of the loss over all pairs of views.
 """
 
 import copy

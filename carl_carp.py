@@ -33,7 +33,8 @@ Differences. Some of S001 does not work as printed; here is what it means.
  3. Eq. 6.6 adds log K once, whatever the number of blocks: for K = 3000, N_P = 12 the least value
     would be log 3000 - 12 log 250 = -58, no divergence at all. Here: log N_B within each block.
  4. Eq. 6.2 counts N_P + 1 blocks, 6.8 leaves j open, 6.9 averages and negates twice: one mean here.
- 5. The listing stops the gradient on one side of each half: half of this gradient, same direction.
+ 5. The listing stops one side's gradient (half of ours, same direction) and adds two entropies: its
+    lambda_e may weigh up to four times as much. Here: the equations, and lambda_e as printed.
  6. sthalles/carp is the later, published CARP with a momentum teacher. This is the thesis's.
  7. All views pass in one batch: S001 does not say. More than two: the mean over their pairs.
 """
@@ -151,8 +152,7 @@ IMAGENET = {  # S001 6.5, which is CARP's; for CARL there is none
     "crop_min": 0.15,  # listing 3: .15 to .925; text: .125 to .925; here to 1
     "blur": 0.5,  # text; listing 3: view 1 always, view 2 a tenth and solarised. Here: symmetric
     "optimizer": "lars",  # 6.5
-    "lr": 5.4,  # with batch 256, says the text; .45 * 3072 / 256, so it fits a batch of 3072
-    "lr_scaling": "none",  # said for one batch alone
+    "lr": 0.45,  # 5.4 with batch 256, says the text; it is .45 * 3072 / 256, so we take it for 3072
     "warmup_epochs": 0,  # none is mentioned
     "image_size": 224,  # 6.5
     "hidden_dim": 2048,  # 6.5: as wide as h
@@ -172,11 +172,11 @@ PRESETS = {
         "batch_size": 256,  # S001, as 200 epochs
     },
     "carp": {"num_blocks": 4, "num_prototypes": 256},  # none published for small images: ours
-    "cifar10": {},
-    "cifar100": {"num_prototypes": 300},  # S001
+    "cifar10": {"color_strength": 0.5},  # google's SimCLR: S001 cites SimCLR, without a strength
+    "cifar100": {"num_prototypes": 300, "color_strength": 0.5},  # S001; the same
     "stl10": {"num_prototypes": 300, "kl_start": 2.0, "kl_end": 1.0, "image_size": 96},  # S001
     "tiny_imagenet": {"num_prototypes": 3000, "image_size": 64},  # S001, ImageNet at 64 pixels
-    **dict.fromkeys(["imagenet100", "imagenet"], IMAGENET),
+    **{"imagenet": IMAGENET, "imagenet100": IMAGENET | {"arch": "resnet18"}},  # as the other files
     **dict.fromkeys(["imagenet100 carp", "imagenet carp"], CARP_IMAGENET),
     "shapes": {  # ours: seconds an epoch on two cores
         "epochs": 10,

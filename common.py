@@ -1270,7 +1270,9 @@ def parse_args(parser, presets, *variants, argv=None):
     args = parser.parse_args(argv)
     changed = {key: v for key, v in vars(args).items() if v != parser.get_default(key)}
     print(f"preset {' + '.join(keys)}: {preset}, given: {changed or 'nothing'}")
-    if "warmup_epochs" in vars(args) and "warmup_epochs" not in changed:  # meant for a long run
+    unset = argparse.Namespace(**dict.fromkeys(vars(args)))  # what is there takes no default
+    typed = vars(parser.parse_args(argv, unset))
+    if "warmup_epochs" in typed and typed["warmup_epochs"] is None:  # meant for a long run
         args.warmup_epochs = min(args.warmup_epochs, args.epochs / 10)
     return args
 

@@ -117,8 +117,9 @@ class CorInfoMax(nn.Module):
     def forward(self, views, y=None):
         """views: V of [B, 3, H, W]; y: [B], not used. Returns (loss, terms).
 
-        loss_inv, ldmi (S003 eq. 3.6): of the batch, views 1 and 2. eig_...: quantiles of the
-        eigenvalues of R1, from the least to the largest. S003 figures 5.1-5.3."""
+        loss_inv, ldmi (S003 eq. 3.6): of the batch, views 1 and 2; ldmi says nothing with B <= 2D,
+        as on shapes. eig_...: quantiles of the eigenvalues of R1, from the least to the largest.
+        S003 figures 5.1-5.3."""
         z = common.each_view(views, self.concat_views, self.backbone, self.projector)  # V of [B, D]
         pairs = list(itertools.combinations(z, 2))
         loss = sum(self.criterion(z1, z2) for z1, z2 in pairs) / len(pairs)

@@ -159,7 +159,7 @@ PRESETS = {
         "batch_size": 64,  # A.1: 128 views
     },
     "self_supervised": {
-        "augment": "simaugment",  # A.3: as SimCLR in solo-learn
+        "augment": "simaugment",  # A.3: as solo-learn's SimCLR, so crops from .08, full jitter
         "blur": 0.5,  # A.3
         "views": 3,  # 4.2
         "temperature": 0.2,  # solo-learn's SimCLR

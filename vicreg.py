@@ -114,7 +114,7 @@ PRESETS = {
         "crop_min": 0.2,  # solo, CIFAR; official .08
         "blur": 0.0,  # solo on CIFAR; official 1.0
         "optimizer": "adam",  # as our SimCLR; official and solo: LARS
-        "lr": 1e-3,  # for 256 images; too much for a warm-up of 20 steps (README.md)
+        "lr": 1e-3,  # for 256 images; 20 steps of warm-up were too few (README.md)
         "weight_decay": 1e-6,  # official
         "warmup_epochs": 10,  # official, solo
         "epochs": 200,  # the shorter of the public benchmarks; solo: 1000
