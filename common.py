@@ -111,10 +111,10 @@ class StopSignals:
 
 
 def leave_signals_to_the_parent(worker):
-    """A worker process gets no signal of the terminal; it ends with the process that made it."""
+    """A worker process gets no signal of the terminal; it ends with the process that made it.
+    SIGTERM in a worker is torch's."""
     os.setpgid(0, 0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def sync_folder(folder):
@@ -171,7 +171,7 @@ def load_file(path):
     check(Path(path).is_file(), f"{path}: no such file")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, MemoryError):  # says nothing of the file
+    except (PermissionError, MemoryError):  # says nothing of what is in the file
         raise
     except Exception as error:  # a stranger's file can make torch.load raise anything
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -991,7 +991,8 @@ def test_without_what_prevents_it_a_method_collapses(method, drawn, folder):
     succeed(method, *SHORT.split(), "2")
     untrained, entry = load("run/checkpoint.pt")["untrained"], read_log(folder / "run")[-1]
     assert ABLATIONS[method](entry), entry
-    assert entry["knn_top1"] < untrained + 0.1  # less than the whole method has to gain above
+    if "carp" not in method.split():  # whose changing partitions teach the encoder all the same
+        assert entry["knn_top1"] < untrained + 0.1  # what the whole method has to gain above
 
 
 def test_a_collapsed_encoder_scores_at_chance_on_shapes(drawn, folder):
