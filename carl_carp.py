@@ -176,14 +176,14 @@ PRESETS = {
     "cifar100": {"num_prototypes": 300, "color_strength": 0.5},  # S001; the same
     "stl10": {"num_prototypes": 300, "kl_start": 2.0, "kl_end": 1.0, "image_size": 96},  # S001
     "tiny_imagenet": {"num_prototypes": 3000, "image_size": 64},  # S001, ImageNet at 64 pixels
-    **{"imagenet": IMAGENET, "imagenet100": IMAGENET | {"arch": "resnet18"}},  # as the other files
+    "imagenet": IMAGENET,
+    "imagenet100": IMAGENET | {"arch": "resnet18"},  # as in the other files
     **dict.fromkeys(["imagenet100 carp", "imagenet carp"], CARP_IMAGENET),
     "shapes": {  # ours: seconds an epoch on two cores
         "epochs": 10,
         "batch_size": 128,
         "stem": "imagenet",
         "optimizer": "adamw",
-        "lr": 1e-3,
         "lr_scaling": "none",
         "crop_min": 0.3,
         "blur": 0.0,

@@ -1253,7 +1253,7 @@ def parse_args(parser, presets, *variants, argv=None):
     """What the command line says, else the presets, else the parser's default. Of the presets count
     "default", then the dataset's, then those named by a variant, then "DATASET VARIANT"; a variant
     is the value of a flag named in `variants`, or the flag's own name where it is a switch. Says
-    which presets there were and what the command line changed of them."""
+    which presets there were and what the command line gave."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for flag in ("dataset", *variants):
         default = parser.get_default(flag)
@@ -1268,11 +1268,11 @@ def parse_args(parser, presets, *variants, argv=None):
     preset = {flag: value for key in keys for flag, value in presets[key].items()}
     parser.set_defaults(**preset)
     args = parser.parse_args(argv)
-    changed = {key: v for key, v in vars(args).items() if v != parser.get_default(key)}
-    print(f"preset {' + '.join(keys)}: {preset}, given: {changed or 'nothing'}")
     unset = argparse.Namespace(**dict.fromkeys(vars(args)))  # what is there takes no default
-    typed = vars(parser.parse_args(argv, unset))
-    if "warmup_epochs" in typed and typed["warmup_epochs"] is None:  # meant for a long run
+    typed = vars(parser.parse_args(argv, unset)).items()
+    given = {key: value for key, value in typed if value is not None}
+    print(f"preset {' + '.join(keys)}: {preset}, given: {given or 'nothing'}")
+    if "warmup_epochs" in vars(args) and "warmup_epochs" not in given:  # meant for a long run
         args.warmup_epochs = min(args.warmup_epochs, args.epochs / 10)
     return args
 
@@ -1301,8 +1301,7 @@ def resolve_hardware(args):
 
 
 def resolve_compile(args, steps):
-    """torch.compile where it pays: on a GPU that Triton knows, in a run that is not short. On a CPU
-    it takes a minute and the step is no faster."""
+    """torch.compile by default on a GPU that Triton knows, in a run that is not short."""
     names = [os.environ.get("CXX", "g++").split()[-1], "clang++"]
     if args.compile is None:
         cuda = torch.device(args.device).type == "cuda"
@@ -1385,8 +1384,8 @@ def describe(args) -> dict:
 
 
 class Progress:
-    """A bar on a terminal, a line a minute in a file. Reading a loss waits for the device: it is
-    done here alone, twice a second at most."""
+    """A bar on a terminal, a line a minute in a file. Reading a loss waits for the device: here it
+    is done twice a second at most."""
 
     def __init__(self, label, steps, batch_size, first=0):
         self.label, self.steps, self.batch_size = label, steps, batch_size
