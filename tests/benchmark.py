@@ -402,6 +402,7 @@ def main():
     augment = common.Augment(recipes, run.image_size, data.mean, data.std, run.device)
     images = data.pretrain.images[: run.batch_size]
     views = [x.clone() for x in augment(images, common.generator(0, "augment", 0, run.device))]
+    about = common.describe(run)  # the commit now, not the one at the end
     result = {"ceilings": ceilings(run), "flops_per_image": flops(model, run.image_size)}
     ceiling, per_image = result["ceilings"]["matmul_tflops"], result["flops_per_image"]
     print(f"{ceiling:.2f} TFLOP/s in matrix products, {result['ceilings']['copy_gb_per_s']:.0f} "
@@ -418,7 +419,7 @@ def main():
     if "data" in wanted and data.test is not None:
         result["knn"] = knn_cost(model, data, run, result["data"]["real"]["seconds_per_epoch"])
     if args.json:
-        common.write_json(result | common.describe(run), args.json)
+        common.write_json(result | about, args.json)
 
 
 if __name__ == "__main__":
