@@ -91,6 +91,7 @@ class BYOL(nn.Module):
             loss_of = byol_loss
             with torch.no_grad():
                 z_target = common.each_view(views, self.concat_views, self.target)  # V of [B, D]
+        # Not gathered from all processes: a mean over images is the mean of their parts' means.
         pairs = list(itertools.combinations(range(len(views)), 2))
         losses = [loss_of(p[i], z_target[j]) + loss_of(p[j], z_target[i]) for i, j in pairs]
         loss = sum(losses) / len(pairs)
@@ -138,9 +139,9 @@ PRESETS = {
     "cifar10": {},
     "cifar100": {},  # solo, htdt: as CIFAR-10
     "stl10": {"batch_size": 256, "blur": 1.0, "image_size": 96},  # InfoCL's batch, deepmind's blur
-    "tiny_imagenet": {"image_size": 64},  # htdt: as CIFAR-10
-    "imagenet100": IMAGENET
-    | {"lr": 0.5, "epochs": 400, "batch_size": 256},  # solo, whose LARS clips; its predictor: 8192
+    "tiny_imagenet": {"image_size": 64},  # htdt: 64 pixels; the rest as on CIFAR-10
+    # Epochs and batch are solo's; its lr .5 is a ceiling in a LARS that clips; its predictor: 8192.
+    "imagenet100": IMAGENET | {"epochs": 400, "batch_size": 256},
     "imagenet": IMAGENET | {"arch": "resnet50", "epochs": 100, "batch_size": 4096},  # deepmind
     "shapes": {  # ours: seconds an epoch on two cores
         "epochs": 8,

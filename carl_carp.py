@@ -103,7 +103,7 @@ class CARLCARP(nn.Module):
     """views -> backbone -> h -> projector -> z -> prototypes -> scores of K prototypes.
 
     num_blocks: None for CARL, whose prototypes are a linear layer; N_P for CARP, whose assigner
-    has a hidden layer (S001 6.4). kl_start, kl_end: lambda_e at first, and after `kl_decay` (a
+    has a hidden layer (S001 6.5). kl_start, kl_end: lambda_e at first, and after `kl_decay` (a
     share) of the steps. ablate: None, or "kl" (that term left out): one prototype takes all."""
 
     def __init__(
@@ -122,7 +122,7 @@ class CARLCARP(nn.Module):
     def forward(self, views, y=None):
         """views: V of [B, 3, H, W]; y: not used. Returns (loss, terms)."""
         networks = self.backbone, self.projector, self.prototypes
-        scores = common.each_view(views, self.concat_views, *networks)  # V of [B, K]
+        scores = common.gather(common.each_view(views, self.concat_views, *networks))  # V of [B, K]
         pairs = list(itertools.combinations(scores, 2))
         partition = torch.randperm(scores[0].shape[1], device=views[0].device)  # 6.3: every step
 
@@ -166,7 +166,7 @@ PRESETS = {
         "kl_end": 1.5,  # S001, CIFAR
         "kl_decay": 0.5,  # S001: 100 of 150 epochs (CIFAR), of 200 (STL-10)
         "blur": 0.5,  # S001 5.8.3
-        "optimizer": "adam",  # as our SimCLR; S001: SGD and LARS, lr .6, weight decay 5e-4
+        "optimizer": "adam",  # warm-up too as our SimCLR; S001: SGD, LARS, lr .6, weight decay 5e-4
         "lr": 1e-3,  # as our SimCLR's, for 256 images
         "weight_decay": 1e-6,  # as our SimCLR's
         "batch_size": 256,  # S001, as 200 epochs
@@ -177,7 +177,7 @@ PRESETS = {
     "stl10": {"num_prototypes": 300, "kl_start": 2.0, "kl_end": 1.0, "image_size": 96},  # S001
     "tiny_imagenet": {"num_prototypes": 3000, "image_size": 64},  # S001, ImageNet at 64 pixels
     "imagenet": IMAGENET,
-    "imagenet100": IMAGENET | {"arch": "resnet18"},  # as in the other files
+    "imagenet100": IMAGENET | {"arch": "resnet18", "hidden_dim": 512},  # as wide as its h
     **dict.fromkeys(["imagenet100 carp", "imagenet carp"], CARP_IMAGENET),
     "shapes": {  # ours: seconds an epoch on two cores
         "epochs": 10,

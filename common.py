@@ -2,6 +2,7 @@
 """What every training script needs and nothing that belongs to one method.
 
     bad input, files, random numbers    InputError, run, atomic_write, load_file, generator
+    several processes                   gather, mine, SyncBatchNorm, distributed
     data                                load_dataset: a name, a folder or a packed .pt file
     views                               random_resized_crop_params, resized_crop, ..., Augment
     models                              resnet, mlp
@@ -19,9 +20,11 @@ import argparse
 import contextlib
 import ctypes
 import dataclasses
+import datetime
 import errno
 import hashlib
 import importlib.util
+import inspect
 import itertools
 import json
 import math
@@ -33,10 +36,12 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 import zipfile
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 import torchvision.transforms.functional as TF
@@ -59,9 +64,15 @@ def check(condition, message):
 
 
 def run(main) -> None:
-    """Call `main()`; bad input and failing files end in one line on stderr and exit status 2."""
+    """Call `main()`; bad input and failing files end in one line on stderr and exit status 2. Of
+    several processes the first alone prints."""
+    if rank():
+        sys.stdout = open(os.devnull, "w")
     try:
-        return main()
+        result = main()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        return result
     except (
         InputError
     ) as error:  # a DataLoader worker wraps it in a traceback: the last line is ours
@@ -71,13 +82,18 @@ def run(main) -> None:
         message = f"out of memory ({reason[0]}); a smaller --batch-size may fit" if reason else ""
         if "TorchDynamoException" in kinds:
             message = f"torch.compile failed ({reason[0]}); --compile off does without it"
+        elif "DistError" in kinds or "gloo" in str(error):
+            message = f"another process ended, or was silent for --timeout seconds ({reason[0]})"
         elif not reason or "alloc" not in str(error):
             raise
     except OSError as error:
         message = f"{error.filename or 'file system'}: {error.strerror or error}"
     except KeyboardInterrupt:
-        print("interrupted; --resume goes on from a run's last checkpoint.pt", file=sys.stderr)
+        if rank() == 0:
+            print("interrupted; --resume goes on from a run's last checkpoint.pt", file=sys.stderr)
         sys.exit(130)
+    if rank() and "another process" not in message:
+        time.sleep(5)  # the first process says what is wrong with all, and torchrun ends this one
     print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
     sys.exit(2)
 
@@ -104,8 +120,9 @@ class StopSignals:
     def note(self, number, frame):
         if self.number is None:
             self.number, self.at = number, time.monotonic()
-            with contextlib.suppress(OSError):  # print could fail where the terminal is gone
-                os.write(2, b"\nstopping after the step and saving; Ctrl-C again: at once\n")
+            if rank() == 0:
+                with contextlib.suppress(OSError):  # print could fail where the terminal is gone
+                    os.write(2, b"\nstopping after the step and saving; Ctrl-C again: at once\n")
         elif number == signal.SIGINT and time.monotonic() - self.at >= self.pause:
             raise KeyboardInterrupt
 
@@ -167,16 +184,21 @@ def write_json(value, path) -> None:
 
 
 def load_file(path):
-    """torch.load with weights_only=True, so that no file can run code; InputError if it fails."""
+    """torch.load with weights_only=True, so that no file can run code; InputError if it fails. A
+    Namespace is let in, as many keep their settings in one: it only holds values."""
     check(Path(path).is_file(), f"{path}: no such file")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
+            warnings.simplefilter("ignore")  # whatever torch finds odd is refused or not used
+            return torch.load(path, map_location="cpu", weights_only=True)
     except (PermissionError, MemoryError):  # says nothing of what is in the file
         raise
     except Exception as error:  # a stranger's file can make torch.load raise anything
+        held = re.search(r"GLOBAL (\S+)", str(error))
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = f"it holds {held[1]}, which is no plain value; nothing was run" if held else reason
         message = f"{path}: not a file that torch.load(weights_only=True) accepts ({reason})"
-        raise InputError(message) from None
+        raise InputError(re.sub(r"\x1b\[\d*m", "", message)) from None
 
 
 def load_whole(path):
@@ -214,6 +236,170 @@ def keep_freed_memory() -> None:
 
 
 # --------------------------------------------------------------------------------------------------
+# Several processes, which torchrun starts: N of them train the network that one would. Each holds
+# the data and the model, and has B / N images of every batch. Random numbers are drawn for the
+# whole batch by all, and each takes its part; projections are gathered, so that every process
+# computes the loss of the whole batch; batch norm has the statistics of the whole batch.
+
+
+def launched(name, default=0):
+    """A number that torchrun gives to the processes which it starts: RANK, WORLD_SIZE, ..."""
+    by_torchrun = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys()
+    several = by_torchrun and int(os.environ["WORLD_SIZE"]) > 1
+    return int(os.environ.get(name, default)) if several else default
+
+
+def rank():
+    """The number of this process, 0 for the first one, which alone prints and writes."""
+    return dist.get_rank() if dist.is_initialized() else launched("RANK")
+
+
+def world_size():
+    """How many processes there are, N."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def join_processes(args):
+    """Where torchrun started this process, meet the others. They speak by NCCL about what is on
+    GPUs, one for each process, and by gloo about the rest."""
+    if launched("WORLD_SIZE", 1) == 1 or dist.is_initialized():
+        return
+    gpu = args.device == "cuda"
+    wrong = f"--device {args.device}: several processes take cuda or cpu"
+    check(gpu or args.device == "cpu", wrong)
+    if gpu:
+        gpus, need = torch.cuda.device_count(), launched("LOCAL_WORLD_SIZE", 1)
+        few = f"{need} processes need as many GPUs, here are {gpus}: --nproc-per-node={gpus}"
+        check(need <= gpus, few)
+        torch.cuda.set_device(launched("LOCAL_RANK"))
+    timeout = datetime.timedelta(seconds=args.timeout)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=timeout)
+
+
+class Gather(torch.autograd.Function):
+    """[B / N, ...] of each process -> [B, ...] of all. Every process has a loss of its own that
+    depends on this one's rows, so their gradient is the sum of what all processes say. (Much code
+    passes the gradient of the own loss alone, 1 / N of it, and dist.all_gather passes none.)"""
+
+    @staticmethod
+    def forward(ctx, x):
+        parts = [torch.empty_like(x) for _ in range(world_size())]
+        dist.all_gather(parts, x)
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(grad)
+        return mine(grad)
+
+
+def full_precision(x):
+    """x as float32, or as float64 where it is."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def gather(tensors):
+    """A list of the tensors [B / N, ...], each with the rows of all N processes: [B, ...], with
+    gradient. Every process has to come here with as many rows. Floats come out as float32 at
+    least. The mean over processes of the gradients that follow is that of one process with B."""
+    if world_size() == 1:
+        return list(tensors)
+    whole = [full_precision(x) if x.is_floating_point() else x for x in tensors]
+    return [Gather.apply(x.contiguous()) for x in whole]
+
+
+def mine(x, dim=0):
+    """This process's part of what is there for the whole batch."""
+    return x.chunk(world_size(), dim)[rank()] if world_size() > 1 else x
+
+
+def mean_over_processes(x):
+    """The mean of the processes' x, on all of them, with gradient."""
+    return gather([x[None]])[0].mean(0) if world_size() > 1 else x
+
+
+def mean_terms(terms):
+    """A dict of scalars, each the mean over the processes, on all of them."""
+    if world_size() == 1:
+        return terms
+    means = mean_over_processes(torch.stack([v.detach().float() for v in terms.values()]))
+    return dict(zip(terms, means.unbind(), strict=True))
+
+
+def agreed(number):
+    """The largest of the processes' numbers, on all of them. It waits for no GPU."""
+    if world_size() > 1:
+        number = torch.tensor(number or 0)
+        dist.all_reduce(number, dist.ReduceOp.MAX)
+    return int(number or 0)
+
+
+def on_first(function):
+    """What `function` returns, or raises, where the first process calls it, and it alone."""
+    box = [None, None]
+    if rank() == 0:
+        try:
+            box[0] = function()
+        except (InputError, OSError) as error:
+            box[1] = error
+    if world_size() > 1:
+        dist.broadcast_object_list(box)
+    if box[1] is not None:
+        raise box[1]
+    return box[0]
+
+
+class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """Batch norm over the batch of all processes, on CPUs, which torch's SyncBatchNorm refuses."""
+
+    def forward(self, x):
+        if not self.training:
+            return super().forward(x)
+        dims, shape = [0, *range(2, x.ndim)], (1, -1, *[1] * (x.ndim - 2))
+        x, dtype = full_precision(x), x.dtype
+        mean = mean_over_processes(x.mean(dims))  # processes have equal shares
+        centred = x - mean.view(shape)
+        var = mean_over_processes(centred.square().mean(dims))
+        n = x.numel() / x.shape[1] * world_size()
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
+            unbiased = var * (n / (n - 1))
+            self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
+        x = centred * (var + self.eps).rsqrt().view(shape)
+        if self.affine:
+            x = x * self.weight.view(shape) + self.bias.view(shape)
+        return x.to(dtype)
+
+    def _check_input_dim(self, x):
+        pass
+
+
+def synchronized(model, args):
+    """The model with batch norm over all processes; its parameters and keys stay the same."""
+    if world_size() == 1:
+        return model
+    if torch.device(args.device).type == "cuda":
+        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.__class__ = SyncBatchNorm
+    return model
+
+
+def distributed(model):
+    """The model, its gradients averaged over the processes in the backward pass."""
+    if world_size() == 1:
+        return model
+    ddp = nn.parallel.DistributedDataParallel
+    # Every process computes the same buffers, so none is sent. Newer versions renamed the flag.
+    names = inspect.signature(ddp).parameters
+    flag = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
+    return ddp(model, **{flag: False})
+
+
+# --------------------------------------------------------------------------------------------------
 # Data
 
 DATASETS = ["cifar10", "cifar100", "stl10", "fashion_mnist", "imagenette"]
@@ -240,10 +426,22 @@ class Split:
         """`count` images evenly spread over the split, which may be sorted by class; 0: all."""
         if not 0 < count < len(self):
             return self
-        index = torch.arange(count) * len(self) // count
+        return self.take(torch.arange(count) * len(self) // count)
+
+    def take(self, index):
+        """The images that int64 `index` names."""
+        labels = self.labels[index.to(self.labels.device)]
         if self.in_memory:
-            return Split(self.images[index.to(self.images.device)], self.labels[index])
-        return Split([self.images[i] for i in index.tolist()], self.labels[index])
+            return Split(self.images[index.to(self.images.device)], labels)
+        return Split([self.images[i] for i in index.tolist()], labels)
+
+    def part(self):
+        """This process's part: one after the other, of equal size, the last image repeated."""
+        if world_size() == 1:
+            return self
+        size = math.ceil(len(self) / world_size())
+        index = torch.arange(rank() * size, (rank() + 1) * size)
+        return self.take(index.clamp(max=len(self) - 1))
 
     @property
     def in_memory(self):
@@ -293,6 +491,12 @@ def load_dataset(name: str, data_dir="data") -> Dataset:
     return load_folder(path)
 
 
+def dense(value, dtype, ndim):
+    """Whether a value from a file is a tensor of this kind, which has its numbers with it."""
+    plain = isinstance(value, Tensor) and value.layout == torch.strided and value.is_cpu
+    return plain and value.dtype == dtype and value.ndim == ndim
+
+
 def from_packed(name, packed, path=None) -> Dataset:
     """A Dataset from {"train": {"images": uint8 [N, C, H, W], "labels": int64 [N]}, "test": ...,
     "classes": [names]}, perhaps with "unlabeled"; InputError if it is anything else."""
@@ -310,14 +514,12 @@ def from_packed(name, packed, path=None) -> Dataset:
             continue
         expect(isinstance(split, dict), f'{key} should be {{"images": ..., "labels": ...}}')
         images, labels = split.get("images"), split.get("labels")
-        right = isinstance(images, Tensor) and images.dtype == torch.uint8 and images.ndim == 4
-        expect(right, f"{key} images should be a uint8 tensor [N, C, H, W]")
+        expect(dense(images, torch.uint8, 4), f"{key} images should be a uint8 tensor [N, C, H, W]")
         right = images.shape[1] in (1, 3) and images.numel() > 0
         expect(right, f"{key} images are {list(images.shape)}; expected [N, 1 or 3, H, W], N > 0")
         if key == "unlabeled":
             labels = torch.full((len(images),), -1)
-        right = isinstance(labels, Tensor) and labels.dtype == torch.int64 and labels.ndim == 1
-        expect(right, f"{key} labels should be an int64 tensor [N]")
+        expect(dense(labels, torch.int64, 1), f"{key} labels should be an int64 tensor [N]")
         expect(len(labels) == len(images), f"{key}: {len(images)} images but {len(labels)} labels")
         low, high = int(labels.min()), int(labels.max())
         right = key == "unlabeled" or (low >= 0 and high < len(classes))
@@ -510,16 +712,18 @@ def decode(split, items, batch_size, args, recipes=()):
 
 
 def training_batches(split, epoch, args, recipes, skip=0):
-    """The batches of an epoch after the first `skip`: uint8 images [B, 3, H, W], or crops
-    [B, V, 3, S, S] from disk, and labels [B], on the device. The order depends on seed and epoch
-    alone; a short last batch is dropped."""
+    """This process's part of the batches of an epoch after the first `skip`: uint8 images
+    [B, 3, H, W], or crops [B, V, 3, S, S] from disk, and labels [B], on the device. The order
+    depends on seed and epoch alone; a short last batch is dropped."""
     order = torch.randperm(len(split), generator=generator(args.seed, "order", epoch))
-    order = order[skip * args.batch_size : len(split) // args.batch_size * args.batch_size]
+    steps, size = len(split) // args.batch_size, args.batch_size // world_size()
+    order = order[: steps * args.batch_size].view(steps, args.batch_size)[skip:]
+    order = mine(order, 1).flatten()
     if not split.in_memory:
         items = [(i, epoch * len(split) + i) for i in order.tolist()]
-        yield from decode(split, items, args.batch_size, args, recipes)
+        yield from decode(split, items, size, args, recipes)
         return
-    for index in order.to(split.images.device).split(args.batch_size) if len(order) else ():
+    for index in order.to(split.images.device).split(size) if len(order) else ():
         yield split.images[index], split.labels[index]
 
 
@@ -810,11 +1014,13 @@ class Augment:
 
     @torch.no_grad()
     def __call__(self, images, rng):
-        """images: uint8 [B, 3, H, W], or [B, V, 3, S, S] already cropped; rng on their device."""
-        views, pad = len(self.recipes), self.recipes[0].pad
+        """images: uint8 [B, 3, H, W], or [B, V, 3, S, S] already cropped; rng on their device. Of
+        several processes each has B of a batch for which all draw."""
+        views, pad, n = len(self.recipes), self.recipes[0].pad, len(images) * world_size()
         if pad:
             images = F.pad(images, (pad,) * 4)
-        d = self.draw(len(images), *images.shape[-2:], rng)
+        d = self.draw(n, *images.shape[-2:], rng)
+        d = {key: mine(x.unflatten(0, (views, n)), 1).flatten(0, 1) for key, x in d.items()}
         if images.ndim == 5:  # only the flip is left of the crop
             whole = {"top": pad, "left": pad, "height": self.size, "width": self.size}
             d |= {key: torch.full_like(d[key], value) for key, value in whole.items()}
@@ -984,20 +1190,21 @@ def learning_rate(step, total, warmup, base, final=0.0):
 
 @torch.no_grad()
 def encode(backbone, split, args, data, batch_size=512) -> Tensor:
-    """Features float32 [N, F] of a split, the backbone in eval mode, images not augmented."""
-    training, features = backbone.training, []
+    """Features float32 [N, F] of a split, the backbone in eval mode, images not augmented. Each of
+    several processes computes a part, and gets all."""
+    training, features, part = backbone.training, [], split.part()
     backbone.eval()
     if split.in_memory:
-        batches = split.images.split(batch_size)
+        batches = part.images.split(batch_size)
     else:
-        stream = decode(split, [(i, None) for i in range(len(split))], batch_size, args)
+        stream = decode(part, [(i, None) for i in range(len(part))], batch_size, args)
         batches = (crops[:, 0] for crops, _ in stream)
     for images in batches:
         x = evaluation_view(images, args.image_size, data.mean, data.std)
         with autocast(args):
             features.append(backbone(x).float())
     backbone.train(training)
-    return torch.cat(features)
+    return gather([torch.cat(features)])[0][: len(split)]
 
 
 def knn_scores(bank, bank_labels, queries, num_classes, k=200, temperature=0.1) -> Tensor:
@@ -1107,6 +1314,10 @@ class MutualInformation(nn.Module):
     ip   add the squared distance of the two views' h, mean over images and features (S002 sums over
          features; the weight is InfoCL's, for the mean): drops what the views do not share
     mib  the same with noise on h
+    S002 has a decoder for each view and sums over pixels, 3072 times this term on CIFAR; here, as
+    in InfoCL's code, one decoder and the mean (views there have mean and deviation .5, here those
+    of the dataset), and one estimate for lbe over both views. The noise without a term, which S002
+    4.0.2 compares with, is mib with the weight 0.
     S002 prints ip and mib alike. The difference is the noise, which the method's heads get too.
     As in InfoCL's code, lbe is a weighted sum over three depths, rho 1/20, for images of at most 64
     pixels; for larger ones it has the last depth alone, rho 1/80.
@@ -1122,7 +1333,7 @@ class MutualInformation(nn.Module):
         method.backbone.register_forward_hook(self.on_representation)
         for name in list(self.depths)[:-1]:
             method.backbone.get_submodule(name).register_forward_hook(
-                lambda _, __, maps, name=name: self.keep(name, maps.float().mean((2, 3)))
+                lambda _, __, maps, name=name: self.keep(name, full_precision(maps).mean((2, 3)))
             )
         self.kept = {}
 
@@ -1132,27 +1343,33 @@ class MutualInformation(nn.Module):
 
     def keep(self, name, mu):
         if self.training and torch.is_grad_enabled():
-            z = mu + NOISE * torch.randn_like(mu) if self.kind in ("lbe", "mib") else mu
+            z = mu + NOISE * self.noise(mu) if self.kind in ("lbe", "mib") else mu
             self.kept.setdefault(name, []).append((mu, z))
+
+    def noise(self, mu):
+        """Drawn for the whole batch, of which several processes have a part each."""
+        views, batch = len(mu) // self.batch, self.batch * world_size()
+        drawn = torch.randn(views, batch, mu.shape[1], device=mu.device)
+        return mine(drawn, 1).flatten(0, 1)
 
     def on_representation(self, backbone, inputs, h):
         if self.training and torch.is_grad_enabled():
-            self.keep("backbone", h.float())
+            self.keep("backbone", full_precision(h))
             return self.kept["backbone"][-1][1].to(h.dtype)
 
     def forward(self, views, y=None):
-        self.kept = {}
+        self.kept, self.batch = {}, len(views[0])
         loss, terms = self.method(views, y)
         kept = {name: [torch.cat(parts) for parts in zip(*pairs, strict=True)]
                 for name, pairs in self.kept.items()}  # fmt: skip
         self.kept = {}
         mu, _ = kept["backbone"]  # [VB, F], view 1 first
         if self.kind == "rc":
-            errors = [(self.decoder(h).float() - x).square().mean() for h, x in
+            errors = [(full_precision(self.decoder(h)) - x).square().mean() for h, x in
                       zip(mu.chunk(len(views)), views, strict=True)]  # fmt: skip
             term = sum(errors)
         elif self.kind == "lbe":
-            estimates = {name: lower_bound_estimate(*p, self.rho) for name, p in kept.items()}
+            estimates = {k: lower_bound_estimate(*gather(p), self.rho) for k, p in kept.items()}
             term = -sum(weight * estimates[name] for name, weight in self.depths.items())
         else:
             pairs = list(itertools.combinations(mu.chunk(len(views)), 2))
@@ -1178,7 +1395,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=description, allow_abbrev=False, formatter_class=Help)
 
     def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message}\n")  # one line, without the usage
+        raise InputError(message)  # one line, without the usage
 
 
 def number(kind, low, high=math.inf):
@@ -1207,6 +1424,8 @@ def shared_arguments(p):
     p.add_argument("--workers", type=whole, help="processes that decode images (default: by cores)")
     p.add_argument("--seed", type=whole, default=0, help="the only source of randomness")
     p.add_argument("--device", help="cuda, cpu, ... (default: cuda where there is one)")
+    p.add_argument("--timeout", type=number(float, 1, 1e7), default=1800.0,
+                   help="seconds after which a process that waits for another one gives up")
     p.add_argument("--precision", choices=PRECISIONS, help="default: bf16 where it is fast")
     p.add_argument("--image-size", type=number(int, 8), help="side of the views (default: by data)")
     p.add_argument("--arch", choices=ARCHITECTURES, default="resnet18", help="torchvision's name")
@@ -1278,8 +1497,9 @@ def parse_args(parser, presets, *variants, argv=None):
 
 
 def resolve_hardware(args):
-    """Fill in device, precision and workers from what the machine has."""
+    """Fill in device, precision and workers from what the machine has, and meet the processes."""
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    join_processes(args)  # before anything is on a GPU: each has its own
     try:
         torch.Generator(args.device)
         torch.empty(1, device=args.device)
@@ -1294,18 +1514,22 @@ def resolve_hardware(args):
         args.precision = "bf16" if fast else "fp16" if kind == "cuda" else "fp32"
     if args.workers is None:
         affinity = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count()))
-        args.workers = min(16, len(affinity(0)) - 1) if len(affinity(0)) > 2 else 0
+        cores = len(affinity(0)) // launched("LOCAL_WORLD_SIZE", 1)
+        args.workers = min(16, cores - 1) if cores > 2 else 0
     if kind == "cpu":
         keep_freed_memory()
     torch.backends.cudnn.benchmark = True  # every batch has the same shape
 
 
 def resolve_compile(args, steps):
-    """torch.compile by default on a GPU that Triton knows, in a run that is not short."""
+    """torch.compile by default on a GPU that Triton knows, in a run that is not short. Not with
+    several processes, whose batch norm and gathering cut the graph in pieces."""
+    alone = world_size() == 1
+    check(alone or args.compile in (None, "off"), "--compile is for one process, not for several")
     names = [os.environ.get("CXX", "g++").split()[-1], "clang++"]
     if args.compile is None:
         cuda = torch.device(args.device).type == "cuda"
-        known = cuda and torch.cuda.get_device_capability(args.device) >= (7, 0)
+        known = cuda and alone and torch.cuda.get_device_capability(args.device) >= (7, 0)
         known = known and importlib.util.find_spec("triton") is not None
         names = [os.environ.get("CC", "gcc").split()[-1], "clang"]
         pays = known and steps >= 2000 and any(map(shutil.which, names))
@@ -1342,12 +1566,30 @@ def autocast(args):
 # Training
 
 
+def load_once(args) -> Dataset:
+    """load_dataset. Where it has to download and pack, the first process does, then the first of
+    each other machine, then the others."""
+    there = args.dataset not in DATASETS or Path(args.data_dir, f"{args.dataset}.pt").is_file()
+    turn, last = 0 if rank() == 0 else 1 if launched("LOCAL_RANK") == 0 else 2, 2
+    turn, last = (turn, last) if agreed(not there) else (0, 0)
+    for now in range(last + 1):
+        if now == turn:
+            data = load_dataset(args.dataset, args.data_dir)
+        if last:
+            agreed(0)  # the next after all of these
+    return data
+
+
 def prepare(args, method) -> Dataset:
     """The dataset, on the device; fills in the arguments that follow from it and the machine."""
     resolve_hardware(args)
-    data = load_dataset(args.dataset, args.data_dir)
+    data = load_once(args)
     images = f"the {len(data.pretrain)} training images"
     check(args.batch_size <= len(data.pretrain), f"--batch-size {args.batch_size} exceeds {images}")
+    uneven = f"--batch-size {args.batch_size} is not a multiple of the {world_size()} processes"
+    check(args.batch_size % world_size() == 0, uneven)
+    more = f"{data.name} has {len(data.pretrain)} training images here, and more on another machine"
+    check(agreed(len(data.pretrain)) == len(data.pretrain), more)
     args.image_size = args.image_size or data.size
     check(args.image_size >= 8, f"images of {args.image_size} pixels: give an --image-size from 8")
     if args.stem == "auto":
@@ -1366,6 +1608,13 @@ def prepare(args, method) -> Dataset:
     return data.to(args.device)
 
 
+def typed(words):
+    """The command of these words, for this number of processes on this machine."""
+    several = launched("LOCAL_WORLD_SIZE", 1)
+    program = ["python"] if several == 1 else ["torchrun", f"--nproc-per-node={several}"]
+    return shlex.join([*program, *words])
+
+
 def describe(args) -> dict:
     """What a figure needs to be repeated: command, commit, versions, machine, settings."""
     git = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"]
@@ -1375,10 +1624,11 @@ def describe(args) -> dict:
     cuda = torch.device(args.device).type == "cuda"
     threads = f"cpu, {torch.get_num_threads()} threads"
     return {
-        "command": shlex.join(["python", *sys.argv]),
+        "command": typed(sys.argv),
         "commit": commit or "unknown",
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name(args.device) if cuda else threads,
+        "processes": world_size(),
         "config": vars(args),
     }
 
@@ -1416,8 +1666,26 @@ class Progress:
         print(before + text, end=end, flush=True)
 
 
-# What a run leaves that ended before it saved a checkpoint
+# What a run saves, and what it leaves if it ended before
+SAVED_FILES = {"checkpoint.pt", "checkpoint.previous.pt", "encoder.pt"}
 OWN_FILES = {"config.json", "log.jsonl", "views.png", "not_finite.pt"}
+OWN_FILES |= {f"{name}.tmp" for name in OWN_FILES | SAVED_FILES}
+
+
+def is_checkpoint(saved, method):
+    """Whether what a file holds is what RunFolder.save wrote for this method."""
+    kinds = {"epoch": int, "step": int, "log": list, "untrained": (float, type(None))}
+    kinds |= dict.fromkeys(["config", "model", "optimizer", "scaler"], dict)
+    if not isinstance(saved, dict) or saved.get("method") != method:
+        return False
+    if not all(key in saved and isinstance(saved[key], kind) for key, kind in kinds.items()):
+        return False
+    if not isinstance(saved.get("sums", {}), dict) or len(saved["log"]) != saved["epoch"]:
+        return False
+    entries = [entry.values() if isinstance(entry, dict) else [None] for entry in saved["log"]]
+    entries.append(saved["scaler"].values())
+    numbers = all(isinstance(value, int | float) for values in entries for value in values)
+    return numbers and all(dense(v, torch.float32, 1) for v in saved.get("sums", {}).values())
 
 
 class RunFolder:
@@ -1450,43 +1718,69 @@ class RunFolder:
             return path, saved
         raise errors[0]
 
+    def nothing_saved(self):
+        """Whether a run began here that was stopped before it saved a checkpoint."""
+        begun = self.path.is_dir() and {file.name for file in self.path.iterdir()} <= OWN_FILES
+        if begun:
+            print(f"{self.path} has no checkpoint yet: from the beginning")
+        return begun
+
+    def make(self):
+        """An empty folder, or one whose run ended before it saved a checkpoint."""
+        there = any((self.path / name).exists() for name in SAVED_FILES)
+        check(not there, f"{self.path} holds a run: add --resume, or choose another --out")
+        files = self.path.iterdir() if self.path.exists() else ()
+        free = {file.name for file in files} <= OWN_FILES
+        check(free, f"{self.path} holds files that are not a run's: choose another --out")
+        self.path.mkdir(parents=True, exist_ok=True)
+        (self.path / "not_finite.pt").unlink(missing_ok=True)
+        write_json(describe(self.args), self.path / "config.json")
+
     def open(self, model, optimizer, scaler):
         """Make the folder, or go on from its checkpoint. Returns epochs and steps already done, and
         the sums of the logged terms over the steps of an epoch that was not finished."""
-        if not self.args.resume:
-            names = "checkpoint.pt", "checkpoint.previous.pt", "encoder.pt"
-            there = any((self.path / name).exists() for name in names)
-            check(not there, f"{self.path} holds a run: add --resume, or choose another --out")
-            free = not self.path.exists() or {f.name for f in self.path.iterdir()} <= OWN_FILES
-            check(free, f"{self.path} holds files that are not a run's: choose another --out")
-            self.path.mkdir(parents=True, exist_ok=True)
-            (self.path / "not_finite.pt").unlink(missing_ok=True)
-            write_json(describe(self.args), self.path / "config.json")
+        if not self.args.resume or on_first(self.nothing_saved):
+            on_first(self.make)
             return 0, 0, {}
-        path, saved = self.newest()
-        right = isinstance(saved, dict) and saved.get("method") == self.method
-        needed = {"config", "epoch", "step", "model", "optimizer", "scaler", "log", "untrained"}
-        right = right and needed <= saved.keys() and isinstance(saved["config"], dict)
-        check(right, f"{path}: not a checkpoint of {self.method}")
+        path, saved = on_first(self.newest)
+        check(is_checkpoint(saved, self.method), f"{path}: not a checkpoint of {self.method}")
         free = {"resume", "out", "data_dir", "device", "workers", "compile", "scaled_lr"}
-        free |= {"save_every", "keep"}
+        free |= {"save_every", "keep", "timeout"}
         for key in sorted(vars(self.args)):
             now, then = getattr(self.args, key), saved["config"].get(key)
             what = f"--{key.replace('_', '-')} {then}, not {now}"
-            same = key in free or key.startswith("knn") or now == then
+            plain = isinstance(then, str | int | float | None)
+            same = key in free or key.startswith("knn") or (plain and now == then)
             check(same, f"{path} was made with {what}: --resume needs the same")
+        groups = optimizer.param_groups
+        options = [{key: group[key] for key in group if key != "params"} for group in groups]
         try:
             for part, name in (model, "model"), (optimizer, "optimizer"), (scaler, "scaler"):
                 part.load_state_dict(saved[name])
-        except (RuntimeError, ValueError, KeyError) as error:
+            for parameter, state in optimizer.state.items():
+                shapes = {v.shape for v in state.values() if v is not None}
+                if not shapes <= {parameter.shape, torch.Size()}:
+                    raise ValueError("an optimizer state of another shape than its parameter's")
+        except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise InputError(f"{path} does not fit: {' '.join(str(error).split())[:200]}") from None
+        for group, own in zip(optimizer.param_groups, options, strict=True):
+            group.update(own)  # the settings are those of args, which are the same
+        sums = {key: value.to(self.args.device) for key, value in saved.get("sums", {}).items()}
+        processes = saved.get("processes", 1)
+        if processes != world_size():
+            print(f"made by {processes} processes, now {world_size()}: the same but for rounding")
+        same = processes == world_size()
+        sums = {key: value[rank()] if same else value.mean() for key, value in sums.items()}
         self.log, self.untrained = saved["log"], saved["untrained"]
+        if not sums and saved["epoch"]:
+            self.keep_milestone(path, saved["epoch"])  # a run may have been killed before it did
         self.write_log()  # without what came after the checkpoint
         print(f"resumed from step {saved['step']} (epoch {saved['epoch']})")
-        sums = {key: value.to(self.args.device) for key, value in saved.get("sums", {}).items()}
         return saved["epoch"], saved["step"], sums
 
     def write_log(self):
+        if rank():
+            return
         with atomic_write(self.path / "log.jsonl") as file:
             file.write("".join(json.dumps(entry) + "\n" for entry in self.log).encode())
 
@@ -1498,56 +1792,72 @@ class RunFolder:
 
     def save(self, model, optimizer, scaler, epoch, step, sums=None):
         """checkpoint.pt holds what is needed to go on, encoder.pt what is needed to use it. sums:
-        of the terms so far, in the middle of an epoch."""
+        of the terms so far, in the middle of an epoch, [N] of N processes."""
+        if rank():
+            return
         state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
         state |= {"scaler": scaler.state_dict(), "log": self.log, "untrained": self.untrained}
-        state |= {"sums": sums or {}} | self.about(epoch, step)
+        state |= {"sums": sums or {}, "processes": world_size()} | self.about(epoch, step)
         checkpoint = self.path / "checkpoint.pt"
         with atomic_write(checkpoint, self.path / "checkpoint.previous.pt") as file:
             torch.save(state, file)
         self.save_encoder(model, epoch, step)
-        if self.args.save_every and not sums and epoch % self.args.save_every == 0:
+        if not sums:
+            self.keep_milestone(checkpoint, epoch)
+        self.saved = time.time()
+
+    def at_milestone(self, epoch):
+        return self.args.save_every > 0 and epoch % self.args.save_every == 0
+
+    def keep_milestone(self, checkpoint, epoch):
+        """Give what was saved at the end of an epoch a name that stays, where it should."""
+        if rank() == 0 and self.at_milestone(epoch):
             second_name(checkpoint, self.path / f"checkpoint_{epoch:05}.pt")
             for old in self.milestones()[: -self.args.keep]:
                 old.unlink()
-        self.saved = time.time()
 
     def save_encoder(self, model, epoch, step):
+        if rank():
+            return
         weights = {k: v.cpu().contiguous() for k, v in model.backbone.state_dict().items()}
         with atomic_write(self.path / "encoder.pt") as file:
             torch.save(self.about(epoch, step) | {"state_dict": weights}, file)
 
     def wants_saving(self, epoch):
-        """At the first and the last epoch, at milestones, and once a minute."""
-        milestone = self.args.save_every and epoch % self.args.save_every == 0
-        return milestone or epoch in (1, self.args.epochs) or time.time() - self.saved > 60
+        """At the first and last epoch, at milestones, and where the last save is a minute old."""
+        ends = epoch in (1, self.args.epochs)
+        return ends or self.at_milestone(epoch) or time.time() - self.saved > 60
 
     def stop(self, number):
         """After a signal and a last save: how to go on, and the exit status of that signal."""
         words = [word for word in sys.argv if word != "--resume"]
         with contextlib.suppress(OSError):
-            print(f"stopped; to go on: {shlex.join(['python', *words, '--resume'])}", flush=True)
+            print(f"stopped; to go on: {typed([*words, '--resume'])}", flush=True)
+        agreed(0)  # nobody leaves while the first process saves: torchrun would end it
         sys.exit(128 + number)
 
     def check_finite(self, recent, model, optimizer):
         """Stop at the first of the recent steps, [(step, lr, {term: value})], whose loss is not
         finite; the state after the last of them goes to not_finite.pt. What was saved is from
         before. Waits for the device."""
-        losses = torch.stack([terms["loss"] for _, _, terms in recent])
+        losses = mean_over_processes(torch.stack([terms["loss"] for _, _, terms in recent]))
         if not losses.isfinite().all():
             step, lr, terms = recent[int(losses.isfinite().logical_not().nonzero()[0])]
-            terms, path = {k: float(v) for k, v in terms.items()}, self.path / "not_finite.pt"
+            terms = {k: float(v) for k, v in mean_terms(terms).items()}
+            path = self.path / "not_finite.pt"
             state = {"step": step, "lr": lr, "terms": terms, "state_step": recent[-1][0]}
             state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-            with contextlib.suppress(OSError), atomic_write(path) as file:  # the line matters more
-                torch.save(state, file)
+            if rank() == 0:
+                with contextlib.suppress(OSError), atomic_write(path) as file:  # the line matters
+                    torch.save(state, file)
             wrong = f"step {step}: the loss is not finite: {terms}, learning rate {lr:.3g}"
             raise InputError(f"{wrong}; try a lower --lr and another --out (state in {path})")
         recent.clear()
 
 
-def save_views(split, augment, args, path):
+def save_views(data, augment, args, path):
     """A picture of what the network sees: in each row an image in a blue frame and its views."""
+    split = data.pretrain.spread(8)
     images = split.images
     if not split.in_memory:
         items = [(i, i) for i in range(len(split))]
@@ -1588,7 +1898,7 @@ def train(method, model, data, recipes, args):
 
 def train_until(stop, method, model, data, recipes, args):
     """train, which after a step in which stop.number is set saves and exits."""
-    model = completed(model, args)
+    model = synchronized(completed(model, args), args)
     model = model.to(args.device, memory_format=torch.channels_last).train()
     optimizer = make_optimizer(model, args)
     scaler = torch.amp.GradScaler(torch.device(args.device).type, enabled=args.precision == "fp16")
@@ -1599,12 +1909,13 @@ def train_until(stop, method, model, data, recipes, args):
     steps, state = len(data.pretrain) // args.batch_size, (model, optimizer, scaler)
     total, with_knn = steps * args.epochs, args.knn_every > 0 and data.test is not None
     if not step:
-        save_views(data.pretrain.spread(8), augment, args, folder.path / "views.png")
+        on_first(lambda: save_views(data, augment, args, folder.path / "views.png"))
         folder.untrained = knn_monitor(model.backbone, data, args) if with_knn else None
     elif done == args.epochs:  # stopped while it saved: the encoder may be older than the rest
         folder.save_encoder(model, done, step)
     check(0 <= step - done * steps <= steps, f"{args.out}: was made with another number of images")
-    forward, apart, compiling = compiled(model, args), {}, args.compile != "off"
+    forward, apart = distributed(compiled(model, args)), {}
+    compiling = args.compile != "off"
     if not recipes[0].policy:  # which goes by groups of images, of any size
         augment.apply = compiled(augment.apply, args)
     patience = 1 if torch.device(args.device).type == "cpu" else 64  # steps between two looks
@@ -1636,16 +1947,17 @@ def train_until(stop, method, model, data, recipes, args):
             if compiling and step == begun + 3:  # three: CUDA graphs record the second
                 sums["loss"].item()
                 compiling, apart = False, {"compile_seconds": round(bar.leave_out(i), 1)}
-            stopping = stop.number
+            stopping = agreed(stop.number)
             if len(recent) >= patience or i == steps or stopping:
                 folder.check_finite(recent, model, optimizer)
             if stopping:
-                folder.save(*state, epoch - 1, step, sums)
+                parts = {key: gather([value[None]])[0] for key, value in sums.items()}
+                folder.save(*state, epoch - 1, step, parts)
                 folder.stop(stopping)
             bar.update(i, sums["loss"])
 
         entry = {"epoch": epoch, "step": step}
-        entry |= {key: float(value) / steps for key, value in sums.items()}
+        entry |= {key: float(value) / steps for key, value in mean_terms(sums).items()}
         lr = learning_rate(step - 1, total, args.warmup_epochs * steps, args.scaled_lr)
         entry |= {"lr": lr, "images_per_second": round(bar.rate(steps), 1)} | apart
         sums, apart = {}, {}
@@ -1655,7 +1967,7 @@ def train_until(stop, method, model, data, recipes, args):
         if with_knn and (epoch == args.epochs or epoch % args.knn_every == 0):
             entry["knn_top1"] = knn_monitor(model.backbone, data, args)
         folder.log.append(entry)
-        stopping = stop.number
+        stopping = agreed(stop.number)
         if folder.wants_saving(epoch) or stopping:
             folder.save(*state, epoch, step)
         folder.write_log()

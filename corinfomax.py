@@ -120,7 +120,8 @@ class CorInfoMax(nn.Module):
         loss_inv, ldmi (S003 eq. 3.6): of the batch, views 1 and 2; ldmi says nothing with B <= 2D,
         as on shapes. eig_...: quantiles of the eigenvalues of R1, from the least to the largest.
         S003 figures 5.1-5.3."""
-        z = common.each_view(views, self.concat_views, self.backbone, self.projector)  # V of [B, D]
+        z = common.each_view(views, self.concat_views, self.backbone, self.projector)
+        z = common.gather(z)  # V of [B, D], from all processes
         pairs = list(itertools.combinations(z, 2))
         loss = sum(self.criterion(z1, z2) for z1, z2 in pairs) / len(pairs)
         with torch.no_grad():
@@ -162,7 +163,7 @@ PRESETS = {
     },
     "cifar10": {},
     "cifar100": {"alpha": 1000.0, "hidden_dim": 4096, "dim": 128},  # S003
-    "stl10": {"hidden_dim": 4096, "dim": 128, "image_size": 96},  # not in S003: as CIFAR-100
+    "stl10": {"alpha": 1000.0, "hidden_dim": 4096, "dim": 128, "image_size": 96},  # as CIFAR-100
     "tiny_imagenet": {
         "arch": "resnet50",  # S003
         "alpha": 500.0,  # S003

@@ -75,7 +75,8 @@ class SimCLR(nn.Module):
 
     def forward(self, views, y=None):
         """views: V of [B, 3, H, W]; y: [B], not used. Returns (loss, terms)."""
-        z = common.each_view(views, self.concat_views, self.backbone, self.projector)  # V of [B, D]
+        z = common.each_view(views, self.concat_views, self.backbone, self.projector)
+        z = common.gather(z)  # V of [B, D], from all processes
         pairs = list(itertools.combinations(z, 2))
         loss = sum(nt_xent_loss(z1, z2, self.temperature) for z1, z2 in pairs) / len(pairs)
         return loss, {"mi_bound": math.log(2 * len(z[0]) - 1) - loss.detach()}
@@ -87,6 +88,8 @@ IMAGENET = {
     "color_strength": 1.0,  # google
     "blur": 0.5,  # google
     "temperature": 0.1,  # google, 100 epochs
+    "hidden_dim": 2048,  # google: the width of its ResNet-50
+    "batch_size": 4096,  # google
     "optimizer": "lars",  # google
     "lr": 1.2,  # google: .075 sqrt(batch), the same at every batch
     "lr_scaling": "sqrt",  # google
@@ -95,6 +98,8 @@ IMAGENET = {
 }
 PRESETS = {
     "default": {
+        "hidden_dim": 512,  # S001, InfoCL; google: the encoder's width, which is that
+        "dim": 128,  # S001, google
         "temperature": 0.2,  # solo, CIFAR; S000 10.1: .25 beats .5, .75 and 1
         "color_strength": 0.5,  # google, CIFAR-10
         "blur": 0.0,  # google and lightly, CIFAR-10
@@ -112,9 +117,10 @@ PRESETS = {
         "image_size": 128,  # S000, for BYOL
         "batch_size": 256,  # solo, on larger images
     },
-    "imagenet100": IMAGENET | {"epochs": 400},  # solo: 400 epochs
+    "imagenet100": IMAGENET  # google's optimiser; solo's clips. These are solo's:
+    | {"temperature": 0.2, "hidden_dim": 4096, "dim": 512, "epochs": 400, "batch_size": 256},
     "imagenet": IMAGENET | {"arch": "resnet50", "epochs": 100},  # google
-    "tiny_imagenet": {"image_size": 64},  # htdt: as CIFAR-10
+    "tiny_imagenet": {"image_size": 64},  # htdt: 64 pixels, and lr 2e-3 for 512 images, as here
     "cifar10": {},
     "cifar100": {},  # solo, htdt: as CIFAR-10
     "shapes": {  # ours: seconds an epoch on two cores

@@ -28,7 +28,8 @@ Differences
  3. Each view passes through the networks by itself, as in the official code.
  4. Optimiser on small images: see PRESETS. Paper: LARS, batch 2048. The views there: the official
     asymmetric pair without blur, with solo-learn's crops of at least .2 (solo's are symmetric).
- 5. More than two views (--views): the mean of the loss over all pairs of views.
+ 5. The cosine ends at 0; official: a thousandth of the rate.
+ 6. More than two views (--views): the mean of the loss over all pairs of views.
 """
 
 import itertools
@@ -83,7 +84,8 @@ class VICReg(nn.Module):
 
     def forward(self, views, y=None):
         """views: V of [B, 3, H, W]; y: [B], not used. Returns (loss, terms)."""
-        z = common.each_view(views, self.concat_views, self.backbone, self.projector)  # V of [B, D]
+        z = common.each_view(views, self.concat_views, self.backbone, self.projector)
+        z = common.gather(z)  # V of [B, D], from all processes
         pairs = list(itertools.combinations(z, 2))
 
         def mean_loss(*weights):
@@ -93,7 +95,7 @@ class VICReg(nn.Module):
         with torch.no_grad():  # the terms as they are before their weights
             terms = {"loss_inv": mean_loss(1.0, 0.0, 0.0), "loss_var": mean_loss(0.0, 1.0, 0.0)}
             rest = loss - sim_weight * terms["loss_inv"] - var_weight * terms["loss_var"]
-            terms["loss_cov"] = rest / (cov_weight or 1.0)
+            terms["loss_cov"] = rest / (cov_weight or 1.0)  # with weight 0 it is not computed
         return loss, terms
 
 

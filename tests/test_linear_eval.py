@@ -2,22 +2,31 @@
 is chosen on the test images, which files it takes for an encoder, and a problem that it must solve.
 """
 
+import argparse
+import copy
+import functools
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
+import torchvision
 from test_scripts import CPU, Payload, call, fail, folder, listing, load, store, succeed, toy
 
 import common
 import linear_eval
+from common import load_file
 
 __all__ = ["folder"]  # a fixture
 PROTOCOLS = {
     "linear": ["--protocol", "linear", "--epochs", "2"],
     "cached": ["--protocol", "linear", "--epochs", "2", "--cached"],
     "knn": ["--protocol", "knn"],
+    "finetune": ["--protocol", "finetune", "--epochs", "2"],
 }
+FROZEN = ["linear", "cached", "knn"]
+SAME_ANYWHERE = [139, 281, 324, 356, 422]  # of torch's generator, which is the same on all CPUs
 
 
 def encoder_dict(arch="resnet18", **change):
@@ -52,7 +61,7 @@ def evaluate(*argv):
 def test_output(protocol, argv, folder):
     before = listing(folder)
     table, figures = evaluate(*argv, *PROTOCOLS[protocol])
-    name = "knn" if protocol == "knn" else "linear"
+    name = protocol.replace("cached", "linear")
     assert (figures["protocol"], figures["dataset"], figures["split"]) == (name, "toy", "test")
     assert (figures["method"], figures["epoch"], figures["images"]) == ("m", 7, 32)
     measured = {"knn_top1"} if protocol == "knn" else {"knn_top1", "top1", "top5"}
@@ -62,7 +71,8 @@ def test_output(protocol, argv, folder):
     rows = {line.split()[0].strip(","): line.split()[-2:] for line in table[-4:]}
     assert rows["top-1"] == ["top-1", "top-5"] and rows["chance"] == ["25.00%", "100.00%"]
     assert rows["kNN"][0] == f"{figures['knn_top1']:.2%}"
-    assert protocol == "knn" or rows["linear"][0] == f"{figures['top1']:.2%}"
+    row = {"cached": "linear", "finetune": "finetuned"}.get(protocol, protocol)
+    assert protocol == "knn" or rows[row][0] == f"{figures['top1']:.2%}"
     written = folder / f"{name}_{'cached_' if protocol == 'cached' else ''}toy.json"
     assert json.loads(written.read_text()) == figures
     assert listing(folder).keys() - before.keys() == {written}
@@ -92,7 +102,7 @@ def test_another_image_size(argv):
 # That the encoder comes out as it went in
 
 
-@pytest.mark.parametrize("protocol", PROTOCOLS)
+@pytest.mark.parametrize("protocol", FROZEN)
 def test_encoder_is_not_changed(protocol, argv, folder, monkeypatch):
     loaded = []
 
@@ -113,7 +123,7 @@ def test_encoder_is_not_changed(protocol, argv, folder, monkeypatch):
     assert not encoder.training and not any(p.requires_grad for p in encoder.parameters())
 
 
-@pytest.mark.parametrize("protocol", PROTOCOLS)
+@pytest.mark.parametrize("protocol", FROZEN)
 def test_an_encoder_left_in_training_mode_is_noticed(protocol, argv, folder, monkeypatch):
     def in_training_mode(*args, **kwargs):
         encoder, info = original(*args, **kwargs)
@@ -127,6 +137,70 @@ def test_an_encoder_left_in_training_mode_is_noticed(protocol, argv, folder, mon
     with pytest.raises(RuntimeError, match="encoder changed"):
         call("linear_eval", *argv, *PROTOCOLS[protocol])
     assert listing(folder) == before
+
+
+def test_finetuning_changes_the_encoder_by_its_own_rate(argv, monkeypatch):
+    """SGD with two rates, which fall to a fifth and a tenth after each quarter of the epochs."""
+    loaded, rates, original = [], [], linear_eval.load_encoder
+
+    def remember(*args, **kwargs):
+        loaded.append(original(*args, **kwargs))
+        return loaded[-1]
+
+    class Recorded(torch.optim.SGD):
+        def step(self, *args):
+            rates.append([group["lr"] for group in self.param_groups])
+            return super().step(*args)
+
+    monkeypatch.setattr(linear_eval, "load_encoder", remember)
+    monkeypatch.setattr(torch.optim, "SGD", Recorded)
+    flags = ["--protocol", "finetune", "--epochs", "8", "--lr", "0.1", "--batch-size", "64"]
+    evaluate(*argv, *flags)
+    quarters = [[0.005 * 0.2**i, 0.1 * 0.1**i] for i in range(4) for _ in range(2)]
+    assert rates == [pytest.approx(pair) for pair in quarters]
+    evaluate(*argv, *flags, "--encoder-lr", "1e-9")
+    before = encoder_dict()["state_dict"]["conv1.weight"]
+    moved, still = [(e.conv1.weight - before).abs().max().item() for e, _ in loaded]
+    assert moved > 1e-4 and still < 1e-6
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_few_labels(protocol, argv, folder):
+    """A quarter of 64 images, 4 of each class; the result has a name of its own."""
+    table, figures = evaluate(*argv, *PROTOCOLS[protocol], "--label-fraction", "0.25")
+    assert (figures["label_fraction"], figures["labelled_images"]) == (0.25, 16)
+    assert "labels of 16 of 64 training images, 0.25 of each" in table
+    words = [figures["protocol"], "0.25", "cached" * (protocol == "cached"), "toy.json"]
+    assert Path("_".join(filter(None, words))).exists() and len(list(folder.glob("*toy.json"))) == 1
+    assert "16 training images: batches of 2" in table or protocol == "knn"
+    line = fail("linear_eval", *argv, "--label-fraction", "0.02")
+    assert "--label-fraction 0.02 leaves 4 classes without an image" in line
+
+
+def test_one_percent_is_the_same_anywhere():
+    labels = torch.arange(50_000) % 10
+    split = common.Split(torch.arange(50_000), labels)
+    few, again, other = (linear_eval.labelled(split, 0.01, 10, seed) for seed in (0, 0, 1))
+    assert few.labels.bincount().tolist() == [50] * 10
+    assert torch.equal(few.images, again.images) and not torch.equal(few.images, other.images)
+    assert few.images[:5].tolist() == SAME_ANYWHERE
+
+
+def test_finetuning_learns(folder):
+    """What a linear classifier on this frozen, untrained encoder does not solve so well."""
+    argv = [
+        "--checkpoint",
+        "random",
+        "--stem",
+        "imagenet",
+        "--dataset",
+        "shapes",
+        "--device",
+        "cpu",
+    ]
+    frozen = evaluate(*argv, "--protocol", "linear", "--cached", "--epochs", "10")[1]
+    tuned = evaluate(*argv, "--protocol", "finetune", "--epochs", "4", "--encoder-lr", "0.05")[1]
+    assert tuned["top1"] > frozen["top1"] + 0.1
 
 
 # --------------------------------------------------------------------------------------------------
@@ -202,7 +276,9 @@ def test_load_encoder_takes_both_files_of_a_run(folder):
     with torch.no_grad():
         assert torch.equal(encoder(images), other(images))
         assert encoder(images).shape == (4, 512)
-    assert info == other_info
+    for about, where in (info, "state_dict."), (other_info, "model.backbone."):
+        assert f"under '{where}': all of its 120 tensors" in about.pop("found")
+    assert info == other_info and info["assumed"] == []
     known = {"arch": "resnet18", "stem": "imagenet", "image_size": 16, "epoch": 1}
     known |= {"method": "simclr", "dataset": "toy"}
     assert {key: info[key] for key in known} == known
@@ -217,6 +293,193 @@ def test_overrides_win(folder):
     encoder, info = linear_eval.load_encoder("encoder.pt", **given)
     assert {key: info[key] for key in given} == given and info["std"] == [0.25] * 3
     assert encoder.conv1.kernel_size == (7, 7)
+
+
+# Layouts of public code, as far as their files can be told apart: what is around the encoder, how
+# its tensors are called, and what must not be taken for it.
+
+
+def torchvision_names(weights):
+    return dict(weights)
+
+
+def shortcut(weights):
+    return {name.replace("downsample", "shortcut"): value for name, value in weights.items()}
+
+
+def sequential(first):
+    """The indices of an nn.Sequential in which layer1 is number `first`."""
+    numbers = {"conv1": 0, "bn1": 1} | {f"layer{i}": first + i - 1 for i in (1, 2, 3, 4)}
+
+    def renamed(weights):
+        heads = {name: name.partition(".") for name in weights}
+        return {f"{numbers[head]}.{rest}": weights[name] for name, (head, _, rest) in heads.items()}
+
+    return renamed
+
+
+def below(prefix, weights):
+    return {prefix + name: value for name, value in weights.items()}
+
+
+HEAD = {"0.weight": torch.zeros(8, 512), "0.bias": torch.zeros(8), "2.weight": torch.zeros(4, 8)}
+STATE = {"state": {0: {"momentum_buffer": torch.zeros(3)}}, "param_groups": [{"lr": 0.1}]}
+
+
+def with_copy(original, copy):
+    """An encoder under one prefix, and another one, with other values, which is not to be taken."""
+
+    def made(weights):
+        other = {name: value * 0.5 for name, value in weights.items()}
+        return below(original, weights) | below(copy, other) | below("projector.", HEAD)
+
+    return made
+
+
+LAYOUTS = {  # small stem?, how the tensors are called, what is around them
+    "torchvision": (False, torchvision_names, lambda w: w | {"fc.weight": torch.zeros(5, 512)}),
+    "barlow twins": (False, torchvision_names, lambda w: {"epoch": 9, "optimizer": STATE,
+                     "model": below("module.backbone.", w) | below("module.projector.", HEAD)}),
+    "lightly, Lightning": (False, sequential(4), lambda w: {"state_dict": below("backbone.", w)
+                           | below("projection_head.layers.", HEAD), "hyper_parameters": {}}),
+    "lightly, ImageNet": (False, torchvision_names, lambda w: {
+        "state_dict": with_copy("backbone._orig_mod.", "teacher_backbone.")(w)}),
+    "lightly, DINO": (False, torchvision_names, lambda w: {
+        "state_dict": with_copy("student_backbone.", "backbone.")(w)}),
+    "lightly, CIFAR": (True, lambda w: sequential(2)(shortcut(w)), lambda w: {"state_dict":
+                       below("backbone.", w)}),
+    "lightly, tutorial": (False, sequential(4), lambda w: {"resnet18_parameters": w}),
+    "solo-learn": (True, torchvision_names, lambda w: {"epoch": 3, "optimizer_states": [STATE],
+                   "state_dict": with_copy("backbone.", "momentum_backbone.")(w)}),
+    "SupContrast": (True, shortcut, lambda w: {"opt": argparse.Namespace(lr=0.5), "epoch": 2,
+                    "model": below("encoder.module.", w) | below("head.", HEAD)}),
+    "Tuned-Contrastive": (True, shortcut, lambda w: {"net": w | below("model.", w)
+                          | below("head.", HEAD), "acc": 0.9, "save_epoch": 4}),
+    "corinfomax": (True, torchvision_names, lambda w: {"model_state_dict": below("backbone.", w),
+                   "optimizer_state_dict": STATE, "parameters_dict": {"lr": 1}, "loss": 0.1}),
+    "carp": (False, torchvision_names, lambda w: {"args": argparse.Namespace(arch="r"),
+             "student": below("module.backbone.", w) | below("module.head.", HEAD),
+             "teacher": below("module.backbone.", {k: v * 0.5 for k, v in w.items()})}),
+    "leftthomas": (True, sequential(3), lambda w: below("f.", w) | below("g.", HEAD)
+                   | {"f.total_ops": torch.zeros(1), "total_params": torch.zeros(1)}),
+    "sthalles": (False, torchvision_names, lambda w: {"epoch": 200, "arch": "resnet18",
+                 "state_dict": below("backbone.", w) | below("backbone.fc.", HEAD)}),
+    "PyTorch-BYOL": (False, sequential(4), lambda w: {
+        "online_network_state_dict": below("encoder.", w) | below("projetion.", HEAD),
+        "target_network_state_dict": below("encoder.", {k: v * 0.5 for k, v in w.items()})}),
+    "byol-pytorch": (False, torchvision_names, lambda w: below("net.", w)
+                     | with_copy("online_encoder.net.", "target_encoder.net.")(w)),
+    "MoCo": (False, torchvision_names, lambda w: {"arch": "resnet50", "state_dict":
+             with_copy("module.encoder_q.", "module.encoder_k.")(w)
+             | {"module.queue": torch.zeros(8, 9)}}),
+    "MoCo v3": (False, torchvision_names, lambda w: {"state_dict":
+                with_copy("module.base_encoder.", "module.momentum_encoder.")(w)}),
+    "W-MSE": (True, torchvision_names, lambda w: below("model.module.", w) | below("head.", HEAD)),
+    "stable-pretraining": (True, torchvision_names, lambda w: {"state_dict":
+                           with_copy("backbone.student.", "backbone.teacher.")(w)}),
+}  # fmt: skip
+
+
+@functools.cache
+def trained_alike(arch, small):
+    """A ResNet of torchvision, its batch-norm statistics not trivial."""
+    torch.manual_seed(1)
+    network = getattr(torchvision.models, arch)()
+    network.fc = torch.nn.Identity()
+    if small:
+        network.conv1 = torch.nn.Conv2d(3, 64, 3, padding=1, bias=False)
+        network.maxpool = torch.nn.Identity()
+    network(torch.rand(8, 3, 32, 32) - 0.5)
+    return network.eval()
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_public_layouts(layout, arch, folder):
+    small, naming, wrap = LAYOUTS[layout]
+    network, images = trained_alike(arch, small), torch.rand(2, 3, 32, 32)
+    store(wrap(naming(network.state_dict())), "theirs.pth")
+    encoder, info = linear_eval.load_encoder("theirs.pth")
+    assert (info["arch"], info["stem"]) == (arch, "small" if small else "imagenet")
+    assert info["assumed"] == ["image_size", "mean", "std"]
+    assert f"all of its {len(network.state_dict())} tensors" in info["found"]
+    whole = linear_eval.tensors_in(load_file("theirs.pth"))
+    said = info["found"].split("ignored: ")[1].partition(";")[0]
+    ignored = sum(map(int, re.findall(r" (\d+)(?: more)?(?:,|$)", said)))
+    assert ignored == len(whole) - len(network.state_dict())
+    if layout == "lightly, CIFAR":  # three places for convolution, norm and nothing else
+        network = copy.deepcopy(network)
+        network.relu = torch.nn.Identity()
+        assert "no max-pool and no ReLU" in info["found"]
+    with torch.no_grad():
+        torch.testing.assert_close(encoder(images), network(images), rtol=1e-4, atol=1e-4)
+    assert not encoder.training
+    Path("theirs.pth").unlink()
+
+
+def test_evaluating_somebody_elses_encoder(argv, folder):
+    """What is taken, ignored and assumed is said; flags say it better; the result has its name."""
+    network = trained_alike("resnet18", True)
+    weights = below("module.backbone.", network.state_dict()) | below("module.projector.", HEAD)
+    store({"model": weights, "epoch": 12}, "theirs.pth")
+    argv[argv.index("encoder.pt")] = "theirs.pth"
+    table, figures = evaluate(*argv, "--protocol", "knn")
+    assert table[1] == ("theirs.pth: resnet18, small stem, under 'model.module.backbone.': all of "
+                        "its 120 tensors; ignored: model.module 3")  # fmt: skip
+    assert table[2].startswith("assumed: image_size 16, mean (0.5")  # the dataset's
+    assert (figures["method"], figures["epoch"]) == ("theirs.pth", 12)
+    assert json.loads((folder / "knn_toy_theirs.json").read_text()) == figures
+    given = "--mean 0.1 0.2 0.3 --std 1 1 1 --image-size 24".split()
+    table, other = evaluate(*argv, "--protocol", "knn", *given)
+    assert not any(line.startswith("assumed") for line in table)
+    assert other["config"]["image_size"] == 24 and other["knn_top1"] != figures["knn_top1"]
+
+
+def test_several_encoders_need_a_key(folder):
+    weights = trained_alike("resnet18", False).state_dict()
+    other = {name: value * 0.5 for name, value in weights.items()}
+    store(below("left.", weights) | below("right.", other), "two.pth")
+    with pytest.raises(common.InputError, match="several encoders, 'left.', 'right.*--key"):
+        linear_eval.load_encoder("two.pth")
+    for key, expected in ("left", weights), ("right", other):
+        encoder, info = linear_eval.load_encoder("two.pth", key=key)
+        assert torch.equal(encoder.state_dict()["conv1.weight"], expected["conv1.weight"])
+        assert f"under '{key}.'" in info["found"]
+    with pytest.raises(common.InputError, match="--key middle is in none of 'left.', 'right.'"):
+        linear_eval.load_encoder("two.pth", key="middle")
+    store({"EMA": weights, "student": weights | {"bn1.weight": torch.zeros(3)}}, "half.pth")
+    with pytest.raises(common.InputError, match="'student.' has 1 .*--key EMA takes"):
+        linear_eval.load_encoder("half.pth")
+    assert "under 'EMA.'" in linear_eval.load_encoder("half.pth", key="EMA")[1]["found"]
+    store(weights | below("model.", other), "bare.pth")
+    for key, prefix in (".", ""), ("model", "model."):
+        assert f"under '{prefix}'" in linear_eval.load_encoder("bare.pth", key=key)[1]["found"]
+    small = trained_alike("resnet18", True).state_dict()
+    store(below("a.", weights) | below("b.", small), "stems.pth")
+    assert "under 'b.'" in linear_eval.load_encoder("stems.pth", stem="small")[1]["found"]
+    circle = below("encoder.", weights)
+    store(circle | {"itself": circle}, "circle.pth")
+    linear_eval.load_encoder("circle.pth")
+    store({"teacher": weights}, "copy.pth")  # if there is nothing else
+    encoder, _ = linear_eval.load_encoder("copy.pth")
+    assert torch.equal(encoder.state_dict()["conv1.weight"], weights["conv1.weight"])
+
+
+def test_refusals_say_what_was_found(folder):
+    weights = trained_alike("resnet18", False).state_dict()
+    store({"model": {k: v for k, v in weights.items() if "layer4.1.bn2" not in k}}, "part.pth")
+    with pytest.raises(common.InputError, match="under 'model.' has 4 tensors missing.*bn2"):
+        linear_eval.load_encoder("part.pth")
+    store(torchvision.models.resnet152().state_dict(), "deep.pth")
+    with pytest.raises(common.InputError, match="3, 8, 36, 3 bottleneck blocks under ''"):
+        linear_eval.load_encoder("deep.pth")
+    store({"model": weights, "config": Payload()}, "code.pth")
+    with pytest.raises(common.InputError, match=r"holds [\w.]+, which is no plain") as line:
+        linear_eval.load_encoder("code.pth")
+    assert "\x1b" not in str(line.value)
+    store(weights, "whole.pth")
+    with pytest.raises(common.InputError, match="arch is resnet18 by its weights, not 'resnet50'"):
+        linear_eval.load_encoder("whole.pth", arch="resnet50")
 
 
 def without(key):
@@ -238,10 +501,8 @@ NO_ENCODER = {
     "text": lambda: b"These are no weights.\n",
     "nothing": lambda: b"",
     "code": lambda: encoder_dict() | {"config": Payload()},
-    "no arch": lambda: without("arch"),
     "no weights": lambda: without("state_dict"),
     "a weight missing": lambda: other_weights(bn1__running_mean=None),
-    "a weight too many": lambda: other_weights(fc__weight=torch.zeros(4, 512)),
     "a wrong shape": lambda: other_weights(conv1__weight=torch.zeros(64, 3, 3, 3)),
     "a weight that is none": lambda: other_weights(conv1__weight="heavy"),
     "weights by number": lambda: encoder_dict(state_dict={0: torch.zeros(2)}),
@@ -254,7 +515,22 @@ NO_ENCODER = {
     "mean of one channel": lambda: encoder_dict() | {"mean": [0.5]},
     "std of zero": lambda: encoder_dict() | {"std": [0.0] * 3},
     "a plain dict": lambda: {"state": 1},
-    "a bare state_dict": lambda: encoder_dict()["state_dict"],
+    "with gates": lambda: other_weights(layer1__0__se__fc1__weight=torch.zeros(4, 64)),
+    "with biases": lambda: other_weights(layer1__0__conv1__bias=torch.zeros(64)),
+    "a size without end": lambda: encoder_dict(image_size=float("inf")),
+    "a size of half a pixel": lambda: encoder_dict(image_size=32.5),
+    "a mean beyond floats": lambda: encoder_dict(mean=[10**400] * 3),
+    "a mean that is none": lambda: encoder_dict(mean=[float("nan")] * 3),
+    "a number of 5000 digits": lambda: {
+        "9" * 5000 + ".weight": torch.zeros(2),
+        "0.weight": torch.zeros(64, 3, 7, 7),
+    },
+    "152 layers": lambda: torchvision.models.resnet152().state_dict(),
+    "half an encoder": lambda: dict(list(encoder_dict()["state_dict"].items())[:60]),
+    "a wide one": lambda: torchvision.models.wide_resnet50_2().state_dict(),
+    "not a ResNet": lambda: torchvision.models.vgg11().state_dict(),
+    "a sparse weight": lambda: other_weights(conv1__weight=torch.zeros(64, 3, 7, 7).to_sparse()),
+    "a weight without numbers": lambda: other_weights(bn1__weight=torch.zeros(64, device="meta")),
     "a tensor": lambda: torch.zeros(3),
     "a list": lambda: [1, 2],
 }
@@ -283,6 +559,9 @@ BAD_FLAGS = {
     "--epochs 0": "--epochs",
     "--lr -1": "--lr",
     "--crop-min 1.5": "--crop-min",
+    "--label-fraction 0": "--label-fraction",
+    "--protocol finetune --batch-size 1": "in batches of 1 are too few",
+    "--cached --protocol knn": "--cached is for --protocol linear",
     "--validation-fraction 1": "--validation-fraction",
     "--validation-fraction 0.01": "--validation-fraction",
     "--validation-fraction 2": "--validation-fraction",
