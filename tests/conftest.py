@@ -1,5 +1,6 @@
 """What all tests share: the repository on the path, two threads, no GPU tests without a GPU."""
 
+import signal
 import sys
 from pathlib import Path
 
@@ -8,6 +9,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 torch.set_num_threads(2)
+# A shell's & lets SIGINT be ignored, and some tests press Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_configure(config):

@@ -654,6 +654,21 @@ def test_corinfomax_floor(dim):
         assert CorInfoMaxLoss(dim, 0.0, 0.0)(z1, z2).item() >= 2 * math.log(dim)
 
 
+def test_corinfomax_expansion():
+    """S003 A.1, (1 - lambda) / N (R + eps I)^-1 (z_n - mu), is half the gradient of the determinant
+    for a fixed mu, which it is here: z and -z have the mean 0, whatever moves. What points along z
+    is lost in its normalisation."""
+    half = torch.nn.functional.normalize(two_views(6, 4, torch.float64)[0].detach(), dim=1)
+    z1, past, eps = torch.cat([half, -half]).requires_grad_(), 0.3, 1e-3
+    CorInfoMaxLoss(4, 0.0, past, eps)(z1, z1.detach()).backward()
+    eye = torch.eye(4, dtype=torch.float64)
+    with torch.no_grad():
+        covariance = past * eye + (1 - past) * z1.T @ z1 / 12
+        printed = (1 - past) / 12 * z1 @ torch.linalg.inv(covariance + eps * eye)
+        tangent = printed - (printed * z1).sum(1, keepdim=True) * z1
+    torch.testing.assert_close(z1.grad, -2 * tangent / 4)  # minus the determinant, over D
+
+
 def test_corinfomax_attraction():
     """D * mse = |Z1 - Z2|^2 / n; without the determinants nothing else is left."""
     z1, z2 = two_views(6, 4, torch.float64)

@@ -411,7 +411,7 @@ def with_term(name, kind, weight=1.0, size=8, seed=0):
 
 
 @pytest.mark.parametrize("kind", ["rc", "lbe", "ip", "mib"])
-@pytest.mark.parametrize("name", ["simclr", "byol", "carp", "tcl"])
+@pytest.mark.parametrize("name", MODELS)
 def test_the_term_is_added_with_its_weight(name, kind):
     views, values = [x.float() for x in make_views(2)], {}
     for weight in 0.0, 1.0, 10.0:

@@ -304,6 +304,13 @@ def test_log(finished):
         assert all(isinstance(v, int | float) and math.isfinite(v) for v in entry.values()), entry
     assert ["knn_top1" in entry for entry in entries] == [False, True, True]  # --knn-every 2, last
     assert 0 <= entries[-1]["knn_top1"] <= 1
+    supervised = finished.name in ("supcon", "tcl", "cross_entropy")
+    if "supcon_tcl" in finished.script:
+        assert all(entry["labels_used"] == supervised for entry in entries)
+        said = f"labels of the training images: {'USED' if supervised else 'not used'}"
+        assert said in finished.stdout.splitlines()
+    else:
+        assert not any("labels_used" in entry for entry in entries)
 
 
 def test_encoder_file(finished):
@@ -534,8 +541,8 @@ def test_a_second_signal_stops_at_once(finished, folder, monkeypatch):
     learning_rate = common.learning_rate
 
     def twice(*given):
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)  # to this thread: two from outside may arrive as one
+        signal.raise_signal(signal.SIGINT)
         return learning_rate(*given)
 
     monkeypatch.setattr(common, "learning_rate", twice)
@@ -874,17 +881,18 @@ PRESET_CASES = [
 ]
 
 
-# epochs; others have three
-SLOW_AT_FIRST = {"byol": "4", "carl_carp": "5", "carl_carp --method carp": "5"}
+# epochs, with a margin for other roundings; methods that are not here have three
+EPOCHS = {"byol": "8", "barlow_twins": "7", "vicreg": "4", "corinfomax": "6"}
+EPOCHS |= {"supcon_tcl --loss tcl": "5", "carl_carp": "7", "carl_carp --method carp": "6"}
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_shapes_are_learned(method, drawn, folder):
     """A few epochs of the preset, well above what an untrained encoder gives."""
-    printed = succeed(method, *SHORT.split(), SLOW_AT_FIRST.get(method, "3"))
+    printed = succeed(method, *SHORT.split(), EPOCHS.get(method, "3"))
     untrained = load("run/checkpoint.pt")["untrained"]
     learned = read_log(folder / "run")[-1]["knn_top1"]
-    assert learned > untrained + 0.1
+    assert learned > untrained + 0.25
     for ablation, collapsed in ABLATIONS.items():
         if ablation.split(" --ablate")[0] == method:
             assert not collapsed(read_log(folder / "run")[-1])
@@ -988,7 +996,7 @@ def test_without_what_prevents_it_a_method_collapses(method, drawn, folder):
     untrained, entry = load("run/checkpoint.pt")["untrained"], read_log(folder / "run")[-1]
     assert ABLATIONS[method](entry), entry
     if "carp" not in method.split():  # whose changing partitions teach the encoder all the same
-        assert entry["knn_top1"] < untrained + 0.1  # what the whole method has to gain above
+        assert entry["knn_top1"] < untrained + 0.1  # far less than the whole method gains above
 
 
 def test_a_collapsed_encoder_scores_at_chance_on_shapes(drawn, folder):

@@ -1,0 +1,212 @@
+"""A thousand bad inputs, drawn from a seed: command lines, packed files, checkpoints, encoders and
+image folders. Each ends in one line and status 2, or is accepted, up to the point where training or
+encoding would begin. No file that was there is lost or changed, and no code in a file is run."""
+
+import contextlib
+import functools
+import io
+import itertools
+import os
+import random
+import shutil
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+from PIL import Image
+from test_scripts import CPU, METHODS, TINY, Payload, call, image_folder, store, succeed, toy
+
+import common
+
+ANYTHING = ["", " ", "0", "-1", "1", "3", "nan", "inf", "-inf", "1e400", "1e-400", "0x10", "None"]
+ANYTHING += ["true", "..", "/", "/dev/null", "ü", "\n", "a\x00b", "%s", "{}", "9" * 30, "-", "--"]
+ANYTHING += [str(2**31), str(2**63), "1e30", "toy.pt", "kept", "kept/notes.txt", "shapes", "sgd"]
+ANYTHING += ["2", "8", "16", "0.1", "0.5", "1.0", "lars", "default", "carp", "off", "cpu", "fp16"]
+ODD_VALUES = [None, 0, -1, 3.5, float("nan"), 2**70, True, "", "resnet18", "x" * 1000, [], {}, [1]]
+ODD_VALUES += [{"a": 1}, torch.zeros(0), torch.zeros(2, 3), torch.tensor(float("nan"))]
+ODD_VALUES += [torch.ones(2, dtype=torch.uint8), torch.zeros(1, dtype=torch.complex64), b"\x00"]
+
+
+class Accepted(Exception):
+    """Input that is all right: what follows is a run."""
+
+
+def accept(*given, **named):
+    raise Accepted
+
+
+@functools.cache
+def flags_of(script):
+    """The flags of a script, from its help."""
+    status, out, _ = call(script, "--help")
+    assert status == 0
+    words = (word.strip("[],|") for word in out.split())
+    return sorted({word for word in words if word.startswith("--") and word != "--help"})
+
+
+def digest(folder):
+    return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def ground(tmp_path_factory):
+    """A folder with a packed file, a run of one epoch, images, and somebody's notes."""
+    folder = tmp_path_factory.mktemp("fuzz")
+    before = os.getcwd()
+    os.chdir(folder)
+    store(toy(32), "toy.pt")
+    Path("kept").mkdir()
+    Path("kept/notes.txt").write_text("of somebody")
+    image_folder("pets", [16, 20])
+    succeed("simclr", "--dataset", "toy.pt", *TINY, "--dim", "8", "--out", "run")
+    yield folder
+    os.chdir(before)
+    shutil.rmtree(folder)
+
+
+def attempt(script, argv, kept):
+    """Run up to where training or encoding begins. True where the input was accepted."""
+    before = digest(kept)
+    stops = "training_batches", "encode", "save_views"
+    with contextlib.ExitStack() as stack:
+        for name in stops:
+            stack.enter_context(mock.patch.object(common, name, accept))
+        try:
+            status, out, err = call(script, *argv)
+            accepted = status == 0 and bool({"--help", "--resume"} & {*argv})  # or a finished run
+        except Accepted:
+            status, err, accepted = 2, "", True
+    shown = (script, argv, status, err)
+    assert accepted or status == 2 and err.count("\n") == 1 and "error: " in err, shown
+    assert "Traceback" not in err and "--dataset" not in err.split("error: ")[0], shown
+    for path, content in before.items():
+        assert path.exists() and path.read_bytes() == content, shown
+    assert not Path("payload_ran").exists(), shown
+    return accepted
+
+
+def clean():
+    for path in Path().iterdir():
+        if path.name not in ("toy.pt", "kept", "pets", "run"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+@pytest.mark.parametrize("part", range(4))
+def test_command_lines(part, ground):
+    """Up to four flags with any value, after those of a run that is all right."""
+    rng, accepted = random.Random(part), 0
+    scripts = [*METHODS, "linear_eval --checkpoint run/encoder.pt"]
+    for _ in range(100):
+        script = rng.choice(scripts)
+        argv = ["--dataset", "toy.pt", *CPU, "--out", "new", *TINY[len(CPU) :]]
+        argv = argv if "linear" not in script else ["--dataset", "toy.pt", *CPU]
+        for _ in range(rng.randint(1, 4)):
+            flag = rng.choice(flags_of(script.split()[0]))
+            argv += [flag, rng.choice(ANYTHING)] if rng.random() < 0.9 else [flag]
+        accepted += attempt(script, argv, ground)
+        clean()
+    assert 0 < accepted < 80
+
+
+def spoiled(value, rng):
+    """`value` with one thing in it replaced, left out, or added."""
+    if isinstance(value, dict) and value and rng.random() < 0.7:
+        key = rng.choice(list(value))
+        if rng.random() < 0.15:
+            return {k: v for k, v in value.items() if k != key}
+        return value | {key: spoiled(value[key], rng)}
+    if isinstance(value, torch.Tensor) and value.ndim and rng.random() < 0.6:
+        changes = [lambda x: x[:-1], lambda x: x.float(), lambda x: x[None], lambda x: x[..., 1:]]
+        changes += [lambda x: x.flatten(), lambda x: x.to(torch.int16), lambda x: x[:0]]
+        changes += [lambda x: x.to("meta"), lambda x: -x.long()]
+        return rng.choice(changes)(value)
+    return Payload() if rng.random() < 0.1 else rng.choice(ODD_VALUES)
+
+
+def torn(content, rng):
+    """Bytes cut off, overwritten, or swapped for something else."""
+    content, place = bytearray(content), rng.randrange(len(content))
+    kind = rng.randrange(5)
+    if kind == 0:
+        return bytes(content[:place])
+    if kind == 1:
+        content[place : place + 64] = rng.randbytes(64)
+    elif kind == 2:
+        content[:128] = rng.randbytes(128)
+    elif kind == 3:
+        content[-256:] = rng.randbytes(256)
+    else:
+        return rng.randbytes(1000)
+    return bytes(content)
+
+
+def test_packed_files(ground):
+    rng, accepted, good = random.Random(4), 0, Path("toy.pt").read_bytes()
+    for case in range(250):
+        Path("bad.pt").unlink(missing_ok=True)
+        if case % 2:
+            Path("bad.pt").write_bytes(torn(good, rng))
+        else:
+            store(spoiled(toy(32), rng), "bad.pt")
+        argv = ["--dataset", "bad.pt", *TINY, "--out", "new"]
+        accepted += attempt("simclr", argv, ground)
+        clean()
+    assert 0 < accepted < 100
+
+
+def test_checkpoints_and_encoders(ground):
+    """To go on from, and to evaluate."""
+    rng, accepted = random.Random(5), 0
+    saved = {name: Path("run", name) for name in ("checkpoint.pt", "encoder.pt")}
+    whole = {name: common.load_file(path) for name, path in saved.items()}
+    for case, name in zip(range(200), itertools.cycle(saved), strict=False):
+        Path("bad").mkdir()
+        file, log = Path("bad", name), Path("run/log.jsonl")
+        shutil.copy(log, "bad/log.jsonl")
+        if case % 4 < 2:
+            file.write_bytes(torn(saved[name].read_bytes(), rng))
+        else:
+            store(spoiled(whole[name], rng), file)
+        if name == "checkpoint.pt" and case % 8 < 4:
+            argv = ["--dataset", "toy.pt", *TINY, "--dim", "8", "--out", "bad", "--resume"]
+            accepted += attempt("simclr", [*argv, "--epochs", "1"], ground / "run")
+        else:
+            argv = ["--checkpoint", file, "--dataset", "toy.pt", *CPU, "--protocol", "knn"]
+            accepted += attempt("linear_eval", argv, ground)
+        clean()
+    assert 0 < accepted < 100
+
+
+def test_image_folders(ground):
+    """Files that are no images, huge, empty, cut short; folders without classes or with strange
+    names; links that lead nowhere."""
+    rng, accepted = random.Random(6), 0
+    good = sorted(path for path in Path("pets").rglob("*.png"))
+    contents = [b"", b"\x89PNG\r\n\x1a\n", b"GIF89a", b"not an image" * 50, good[0].read_bytes()]
+    with io.BytesIO() as file:
+        Image.new("RGBA", (3, 500)).save(file, "webp")
+        contents.append(file.getvalue())
+    files = "1.png", "2.jpg", "3.txt", "4", "5.pt"
+    for case in range(150):
+        if case % 3:
+            shutil.copytree("pets", "animals")
+        for _ in range(rng.randint(1, 4)):
+            split = rng.choice(["train", "test", "val", "", "Train"])
+            name = rng.choice(["cat", "dog", "", "ü", "a b", ".hidden", "-x", "cat/deeper"])
+            path = Path("animals", split, name, rng.choice(files))
+            with contextlib.suppress(OSError):  # a file where a folder should be, or the reverse
+                path.parent.mkdir(parents=True, exist_ok=True)
+                kind = rng.random()
+                if kind < 0.1:
+                    path.symlink_to("nowhere")
+                elif kind < 0.2:
+                    path.mkdir()
+                elif kind < 0.5:
+                    path.write_bytes(torn(good[0].read_bytes(), rng))
+                else:
+                    path.write_bytes(rng.choice(contents))
+        argv = ["--dataset", "animals", *TINY, "--batch-size", "2", "--out", "new"]
+        accepted += attempt("simclr", argv, ground)
+        clean()
+    assert 0 < accepted < 100
