@@ -40,6 +40,7 @@ import warnings
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -402,9 +403,36 @@ def distributed(model):
 # --------------------------------------------------------------------------------------------------
 # Data
 
-DATASETS = ["cifar10", "cifar100", "stl10", "fashion_mnist", "imagenette"]
-DATASETS += ["tiny_imagenet", "imagenet100", "imagenet", "shapes"]
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@dataclasses.dataclass(frozen=True)
+class Known:
+    """What is known of a dataset: how many classes, the side of its images (224 where each has its
+    own, on disk), mean and deviation of the channels of its training images."""
+
+    classes: int
+    size: int
+    mean: tuple
+    std: tuple
+    nominal: bool = False  # mean and deviation are ImageNet's, not its own
+
+
+# ImageNet's statistics are the usual ones, of 224-pixel crops. Its parts, and its copy at 64
+# pixels, have others: what is in memory is normalised with its own, whatever stands here.
+DATASETS = {
+    "cifar10": Known(10, 32, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "cifar100": Known(100, 32, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+    "stl10": Known(10, 96, (0.4467, 0.4398, 0.4066), (0.2603, 0.2566, 0.2713)),
+    "fashion_mnist": Known(10, 28, (0.2860,) * 3, (0.3530,) * 3),
+    "imagenette": Known(10, 160, IMAGENET_MEAN, IMAGENET_STD, nominal=True),
+    "tiny_imagenet": Known(200, 64, (0.4802, 0.4481, 0.3975), (0.2770, 0.2691, 0.2821)),
+    "imagenet100": Known(100, 224, IMAGENET_MEAN, IMAGENET_STD, nominal=True),
+    "imagenet": Known(1000, 224, IMAGENET_MEAN, IMAGENET_STD),
+    "imagenet64": Known(1000, 64, IMAGENET_MEAN, IMAGENET_STD, nominal=True),
+    "shapes": Known(10, 32, (0.5005, 0.5004, 0.5006), (0.2782, 0.2781, 0.2781)),
+}
+TINY, TINY_URL = "tiny-imagenet-200", "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
 MEMORY_LIMIT = 4 * 2**30  # bytes of pixels up to which a folder of equal-sized images is held
 
 
@@ -460,7 +488,7 @@ class Dataset:
     train: Split
     test: Split | None
     pretrain: Split
-    size: int  # shorter side of the images, or 224 where they are decoded from disk
+    size: int  # shorter side of the images, or the table's, or 224, where they stay on disk
     mean: tuple = IMAGENET_MEAN
     std: tuple = IMAGENET_STD
 
@@ -471,24 +499,55 @@ class Dataset:
 
 
 def load_dataset(name: str, data_dir="data") -> Dataset:
-    """A named dataset, a folder in ImageFolder layout, or a packed .pt file."""
-    path, stored, unpacked = Path(name), Path(data_dir, f"{name}.pt"), Path(data_dir, name)
+    """A dataset of the table, a folder in ImageFolder layout, or a packed .pt file."""
+    path, names = Path(name), ", ".join(DATASETS)
+    if name in DATASETS:
+        return load_known(name, Path(data_dir))
+    if path.suffix == ".pt":
+        return from_packed(path.stem, load_file(path), path)
+    check(path.is_dir(), f"dataset {name!r} is none of {names}, nor a folder, nor a .pt file")
+    return load_folder(path)
+
+
+def load_known(name, root) -> Dataset:
+    """A dataset of the table: drawn, packed, in folders, or packed now from what is published."""
+    stored, folder, choice = root / f"{name}.pt", root / name, root / f"{name}.txt"
     if name == "shapes":
         packed = {"train": shapes(4000, "train"), "test": shapes(1000, "test"), "classes": SHAPES}
         return from_packed(name, packed)
-    if name in DATASETS and (stored.is_file() or not (unpacked / "train").is_dir()):
-        packed = load_file(stored) if stored.is_file() else download(name, data_dir)
-        if not stored.is_file():
-            stored.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_write(stored) as file:
-                torch.save(packed, file)
-        return from_packed(name, packed, stored)
-    if path.suffix == ".pt":
-        return from_packed(path.stem, load_file(path), path)
-    path = unpacked if name in DATASETS else path
-    known = ", ".join(DATASETS)
-    check(path.is_dir(), f"dataset {name!r} is none of {known}, nor a folder, nor a .pt file")
-    return load_folder(path)
+    if stored.is_file():
+        return compared(from_packed(name, load_file(stored), stored), name, stored)
+    if (folder / "train").is_dir():
+        return compared(load_folder(folder), name, folder)
+    if name == "imagenet100" and choice.is_file():
+        return compared(load_folder(root / "imagenet", choice), name, choice)
+    packed = pack(name, root)
+    data = from_packed(name, packed, stored)  # what it refuses is not stored
+    root.mkdir(parents=True, exist_ok=True)
+    with atomic_write(stored) as file:
+        torch.save(packed, file)
+    return compared(data, name, stored)
+
+
+def compared(data, name, path) -> Dataset:
+    """`data` as the dataset `name` of the table, which gives images that stay on disk their size
+    and statistics. A note says where what was found at `path` does not look like that dataset."""
+    known, differs = DATASETS[name], []  # pairs: what is here, what is known
+    if not data.train.in_memory:
+        data = dataclasses.replace(data, size=known.size, mean=known.mean, std=known.std)
+    if len(data.classes) != known.classes:
+        differs.append((f"{len(data.classes)} classes", known.classes))
+    if data.size != known.size:
+        differs.append((f"a side of {data.size}", known.size))
+    for key in () if known.nominal else ("mean", "std"):
+        pair = getattr(data, key), getattr(known, key)
+        if max(abs(a - b) for a, b in zip(*pair, strict=True)) > 0.03:  # more than crops change
+            here, there = ("/".join(f"{value:.3f}" for value in values) for values in pair)
+            differs.append((f"a {key} of {here}", there))
+    if differs:
+        here, there = (" and ".join(map(str, column)) for column in zip(*differs, strict=True))
+        print(f"note: {path} has {here}, {name} has {there}: is it that dataset?")
+    return dataclasses.replace(data, name=name)
 
 
 def dense(value, dtype, ndim):
@@ -548,6 +607,15 @@ def pixel_statistics(images: Tensor):
     return tuple(mean), tuple(std)
 
 
+def pack(name, root) -> dict:
+    """A dataset of the table as a packed dict: from files in `root` as published, or downloaded."""
+    if name == "tiny_imagenet" and any((root / x).exists() for x in (TINY, f"{TINY}.zip")):
+        return pack_tiny_imagenet(root)
+    if name == "imagenet64" and (root / name).is_dir():
+        return pack_imagenet64(root / name)
+    return download(name, root)
+
+
 def download(name, root) -> dict:
     """A named dataset through torchvision's own download, as a packed dict."""
     sets, packed = torchvision.datasets, {}
@@ -561,6 +629,12 @@ def download(name, root) -> dict:
         ),
     }
     how = f"unpack it as {root}/{name}/train/CLASS/* or put the packed file at {root}/{name}.pt"
+    if name == "tiny_imagenet":
+        how = f"download {TINY_URL} to {root}/{TINY}.zip"
+    elif name == "imagenet64":
+        how = f"put its train_data_batch_1.npz, ... and val_data.npz in {root}/{name}"
+    elif name == "imagenet100":
+        how += f", or name its class folders of {root}/imagenet in {root}/{name}.txt"
     check(name in fetch, f"{name}: torchvision cannot download it; {how}")
     for split in ("train", "test", "unlabeled") if name == "stl10" else ("train", "test"):
         try:
@@ -579,19 +653,119 @@ def download(name, root) -> dict:
     return {**packed, "classes": names}
 
 
-def read_image(path) -> Image.Image:
+@contextlib.contextmanager
+def readable(path, what):
+    """InputError for all that a damaged file, or one that is no `what`, lets a reader raise."""
     try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except Exception as error:  # Pillow raises many kinds for a file that is not what it seems
-        raise InputError(f"{path}: not a readable image ({error})") from None
+        yield
+    except InputError:
+        raise
+    except Exception as error:  # zipfile, Pillow and numpy raise many kinds
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(f"{path}: not a readable {what} ({reason})") from None
 
 
-def load_folder(root: Path) -> Dataset:
-    """ImageFolder layout: train/CLASS/* and test/ or val/. Images of one size are held in memory
-    where they fit; all others are decoded from disk by worker processes, anew in every epoch."""
+def read_image(path) -> Image.Image:
+    """path: a pathlib.Path, or a zipfile.Path."""
+    with readable(path, "image"), path.open("rb") as file, Image.open(file) as image:
+        return image.convert("RGB")
+
+
+def read_table(path):
+    """The tab-separated fields of each line of a text file, which may be in a zip."""
+    with readable(path, "text"):
+        lines = path.read_text(encoding="utf-8").splitlines()
+    return [line.split("\t") for line in lines if line.strip()]
+
+
+def tiny_imagenet_files(root):
+    """{name: its path} of Tiny ImageNet's files, unpacked or in the zip, and where they are."""
+    folder, archive = root / TINY, root / f"{TINY}.zip"
+    if folder.is_dir():
+        return {file.relative_to(folder).as_posix(): file for file in folder.rglob("*")}, folder
+    with readable(archive, "zip"):
+        held = zipfile.ZipFile(archive)
+        names = [name for name in held.namelist() if name.startswith(f"{TINY}/")]
+        return {name[len(TINY) + 1 :]: zipfile.Path(held, name) for name in names}, archive
+
+
+def pack_tiny_imagenet(root) -> dict:
+    """Tiny ImageNet in its own layout. Its test images have no labels: val is the test split."""
+    files, where = tiny_imagenet_files(root)
+    found = [re.fullmatch(r"train/([^/]+)/images/[^/]+\.JPEG", name) for name in sorted(files)]
+    pairs = {"train": [(match[0], match[1]) for match in found if match]}
+    check(pairs["train"], f"{where}: no images train/CLASS/images/*.JPEG")
+    number = {wnid: i for i, wnid in enumerate(sorted({wnid for _, wnid in pairs["train"]}))}
+
+    said, annotations = "val/val_annotations.txt", f"{where}/val/val_annotations.txt"
+    check(said in files, f"{annotations}: no such file, which says what the val images are")
+    rows = read_table(files[said])
+    check(rows and min(map(len, rows)) > 1, f"{annotations}: not a file name and a class a line")
+    pairs["test"] = [(f"val/images/{row[0]}", row[1]) for row in rows]
+    unknown = [wnid for _, wnid in pairs["test"] if wnid not in number]
+    check(not unknown, f"{annotations}: {unknown[:1]} has no images in train")
+    images = {name for name in files if re.fullmatch(r"val/images/[^/]+\.JPEG", name)}
+    odd = sorted(images ^ {name for name, _ in pairs["test"]})
+    check(not odd, f"{annotations}: it and val/images differ in {len(odd)} files, as {odd[:1]}")
+
+    size, packed = DATASETS["tiny_imagenet"].size, {}
+    for key, some in pairs.items():
+        labels = torch.tensor([number[wnid] for _, wnid in some])
+        split = Split([files[name] for name, _ in some], labels)
+        packed[key] = hold_in_memory(split, (3, size, size), strict=True)
+    rows = read_table(files["words.txt"]) if "words.txt" in files else []
+    words = {row[0]: row[1].split(",")[0].strip() for row in rows if len(row) > 1}
+    return {**packed, "classes": [words.get(wnid) or wnid for wnid in number]}
+
+
+def pack_imagenet64(folder) -> dict:
+    """ImageNet at 64 x 64 pixels from its own files, of which some may do for training."""
+    pattern, val = r"train_data_batch_(\d+)\.npz", folder / "val_data.npz"
+    found = [re.fullmatch(pattern, file.name) for file in folder.iterdir()]
+    train = [folder / match[0] for match in sorted(filter(None, found), key=lambda m: int(m[1]))]
+    check(train, f"{folder}: no train_data_batch_1.npz, train_data_batch_2.npz, ...")
+    check(val.is_file(), f"{val}: no such file")
+    classes = [str(i + 1) for i in range(DATASETS["imagenet64"].classes)]
+    return {"train": join_npz(train), "test": join_npz([val]), "classes": classes}
+
+
+def join_npz(files) -> dict:
+    """ImageNet64's files as one split. Labels are read first, so that the images, 15.7 GB in all,
+    have their place and are in memory once."""
+    known, labels = DATASETS["imagenet64"], [read_npz(file, "labels") for file in files]
+    for file, own in zip(files, labels, strict=True):
+        right = own.dtype.kind in "iu" and own.ndim == 1 and own.size > 0
+        kind = f"{own.dtype} {list(own.shape)}"
+        check(right, f"{file}: labels are {kind}, not integers [N], N > 0")
+        low, high = own.min(), own.max()
+        right = low >= 1 and high <= known.classes
+        check(right, f"{file}: labels run from {low} to {high}, not within 1 to {known.classes}")
+    counts = [len(own) for own in labels]
+    images = torch.empty(sum(counts), 3, known.size, known.size, dtype=torch.uint8)
+    for file, part in zip(files, images.split(counts), strict=True):
+        data, shape = read_npz(file, "data"), (len(part), part[0].numel())
+        kind = f"{data.dtype} {list(data.shape)}"
+        right = data.dtype == np.uint8 and data.shape == shape
+        check(right, f"{file}: data is {kind}, not uint8 {list(shape)}, an image for each label")
+        part.copy_(torch.from_numpy(data).reshape(part.shape))
+    labels = torch.cat([torch.from_numpy(own.astype(np.int64)) for own in labels])
+    return {"images": images, "labels": labels - 1}
+
+
+def read_npz(path, key):
+    """An array of an npz file; one that would have to be unpickled is refused."""
+    with readable(path, "npz file"), np.load(path, allow_pickle=False) as arrays:
+        check(key in arrays, f"{path}: it has no {key}")
+        return arrays[key]
+
+
+def load_folder(root: Path, choice=None) -> Dataset:
+    """ImageFolder layout: train/CLASS/* and test/ or val/; of the classes, those that the file
+    `choice` names, or all. Images of one size are held in memory where they fit; all others are
+    decoded from disk by worker processes, anew in every epoch."""
     check((root / "train").is_dir(), f"{root}: no folder train/; expected train/CLASS/*.jpg")
     classes = sorted(folder.name for folder in (root / "train").iterdir() if folder.is_dir())
+    classes = chosen(choice, classes, root / "train") if choice else classes
     endings, found = set(Image.registered_extensions()), {}
     for key, folder in ("train", "train"), ("test", "val"), ("test", "test"):
         if (root / folder).is_dir():
@@ -608,12 +782,26 @@ def load_folder(root: Path) -> Dataset:
     return Dataset(root.name, classes, found["train"], found.get("test"), found["train"], 224)
 
 
-def hold_in_memory(split, shape):
-    """The split decoded, as it is packed; None as soon as an image has another shape."""
+def chosen(path, classes, where):
+    """Those of the class folders that a text file names: the first word of each line, # to the end
+    of a line being a comment."""
+    words = [" ".join(row).split("#")[0].split() for row in read_table(path)]
+    names = sorted({some[0] for some in words if some})
+    check(names, f"{path}: it names no class folder")
+    missing = [name for name in names if name not in set(classes)]
+    some = ", ".join(missing[:3]) + ", ..." * (len(missing) > 3)
+    check(not missing, f"{path}: {len(missing)} of {len(names)} are no folders of {where}: {some}")
+    return names
+
+
+def hold_in_memory(split, shape, strict=False):
+    """The split decoded, as it is packed; None as soon as an image has another shape, which is
+    refused if `strict`."""
     images = torch.empty(len(split), *shape, dtype=torch.uint8)
     for i, path in enumerate(split.images):
         pixels = TF.pil_to_tensor(read_image(path))
         if pixels.shape != shape:
+            check(not strict, f"{path}: an image {list(pixels.shape)}, expected {list(shape)}")
             return None
         images[i] = pixels
     return {"images": images, "labels": split.labels}
@@ -1227,14 +1415,13 @@ def top_accuracies(scores, labels):
     return float(hits[:, 0].double().mean()), float(hits.any(1).double().mean())
 
 
-def knn_accuracies(bank, test, num_classes, args):
-    """Top-1 and top-5 accuracy of nearest neighbours, and the k: --knn-k, but at most half of a
+def knn_votes(bank, test, num_classes, args):
+    """Scores [N, num_classes] of nearest neighbours, and their k: --knn-k, but at most half of a
     class's mean share of the bank, beyond which others outvote it. bank, test: Splits of features.
     """
     k = max(1, min(args.knn_k, len(bank) // (2 * num_classes)))
     labels = bank.labels.to(bank.images.device)
-    votes = knn_scores(bank.images, labels, test.images, num_classes, k, args.knn_temperature)
-    return *top_accuracies(votes, test.labels), k
+    return knn_scores(bank.images, labels, test.images, num_classes, k, args.knn_temperature), k
 
 
 def knn_monitor(backbone, data, args):
@@ -1242,7 +1429,7 @@ def knn_monitor(backbone, data, args):
     --knn-bank images of it (50 000 where they have to be decoded)."""
     bank = data.train.spread(args.knn_bank or (0 if data.train.in_memory else 50_000))
     bank, test = (Split(encode(backbone, x, args, data), x.labels) for x in (bank, data.test))
-    return knn_accuracies(bank, test, len(data.classes), args)[0]
+    return top_accuracies(knn_votes(bank, test, len(data.classes), args)[0], test.labels)[0]
 
 
 def collapse_figures(features):
