@@ -12,7 +12,18 @@ finetune Encoder and classifier are trained together, 20 epochs, the encoder wit
          --encoder-lr .005, in steps (S003 B.2.5, whose rates 20 and 30 of the classifier are for
          features that are not standardised; here .2). --epochs 50 as in S001 5.8.
 
-With --label-fraction .01 or .1 all of them use the labels of that share of each class alone.
+With --label-fraction .01 or .1 all of them use the labels of that share of each class alone; with
+--seeds 3 all is repeated (classifier, order, crops, which labels, not the encoder's training), for
+a confidence interval. Several --lr are compared on a tenth of the training images, held out.
+
+--recipe s003  linear as published: the above without standardised features
+         s004  linear (S004 A.3; released code): lr .5 to .0005, weight decay 1e-4, 100 epochs (A.1,
+               with labels: --epochs 50), not standardised. Crops and flips stay as above: A.3 does
+               not say, and with labels it is AutoAugment
+         s001  50 epochs, for finetune and for transfer (S001 tables 5.2 and 5.3; it gives no rates)
+
+Another --dataset than the encoder's is transfer: images are brought to the encoder's size and
+normalised with its statistics, as in its training (InfoCL takes the new dataset's).
 
 --checkpoint takes what the training scripts save and any other file with a whole ResNet in it.
 
@@ -23,28 +34,40 @@ Run: python linear_eval.py --checkpoint runs/simclr_cifar10_resnet18/encoder.pt 
      python linear_eval.py --checkpoint random --dataset cifar10     (an untrained encoder)
 """
 
+import argparse
 import bisect
 import collections
+import copy
 import dataclasses
+import functools
 import itertools
 import json
 import math
 import re
+import statistics
+import textwrap
 import time
+import unicodedata
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 
 import common
 from common import check
 
-PROTOCOLS = ("linear", "knn", "finetune")
+PROTOCOLS, RECIPES = ("linear", "knn", "finetune"), ("s001", "s003", "s004")
+FEATURES, MAPS = ("encoder", "projector"), ("pca", "tsne")
 PRESETS = {
     "default": {"epochs": 100, "crop_min": 0.08},
     "shapes": {"epochs": 20, "crop_min": 0.4},
-    "finetune": {"epochs": 20, "batch_size": 256},  # S003 B.2.5; S001 table 5.3: 50 epochs
+    "finetune": {"epochs": 20, "batch_size": 256},  # S003 B.2.5
+    "s001": {"epochs": 50},
+    "s003": {"epochs": 100, "lr": [0.2], "lr_floor": 0.01, "standardize": False},
+    "s004": {"epochs": 100, "lr": [0.5], "lr_floor": 1e-3, "weight_decay": 1e-4}
+    | {"standardize": False},
 }
 OURS = ("encoder.pt", "checkpoint.pt")
 ABOUT = ("arch", "stem", "image_size", "mean", "std")  # what an encoder needs beside its weights
@@ -211,7 +234,8 @@ def load_encoder(path, **overrides):
     It is found by names and shapes, below any prefix, among heads and wrappers, in torchvision's
     naming, with `shortcut` for `downsample`, or by the indices of an nn.Sequential. Every tensor of
     it has to be there. overrides: arch, stem (have to agree with the weights), image_size, mean,
-    std, and key, a part of the prefix where there are several.
+    std; key, a part of the prefix where there are several; features, "projector" for what our
+    checkpoint.pt has after the encoder, too: then F is the width of the projections.
 
     Returns (encoder, info): a ResNet from [B, 3, S, S] to [B, F], and a dict with arch, stem,
     image_size, mean, std, method, dataset, epoch; "found", a line that says what was taken and what
@@ -221,7 +245,9 @@ def load_encoder(path, **overrides):
     saved = common.load_file(path)
     tensors = tensors_in(saved)
     chosen = choose(list(candidates_in(tensors)), path, overrides)
-    overrides = {k: v for k, v in overrides.items() if v is not None and k != "key"}
+    projector = overrides.get("features") == "projector"
+    overrides = {k: v for k, v in overrides.items() if v is not None}
+    overrides = {k: v for k, v in overrides.items() if k not in ("key", "features")}
     ours = isinstance(saved, dict) and all(name in saved for name in ABOUT)
     info = {name: saved[name] for name in ABOUT} | overrides if ours else overrides
     for name in "arch", "stem":
@@ -248,7 +274,40 @@ def load_encoder(path, **overrides):
     }
     info |= known if ours else known | {"method": Path(path).name, "dataset": None}
     info["found"] = describe_choice(chosen, tensors)
-    return chosen.encoder(), info
+    if not projector:
+        return chosen.encoder(), info
+    layers = projector_beside(chosen, tensors, path) if ours else None
+    check(layers, f"{path}: no projector; --features projector takes a checkpoint.pt of ours")
+    info["found"] += f"; then the projector, {len(layers)} layers"
+    model = nn.Sequential(collections.OrderedDict(encoder=chosen.encoder(), projector=layers))
+    model.num_features = layers[-1].out_features
+    return model.eval(), info
+
+
+def projector_beside(chosen, tensors, path):
+    """The projector of our own checkpoint.pt, built again from its numbered tensors: a matrix is a
+    Linear, a vector batch norm, and a number without tensors a ReLU. None where there is none."""
+    parent = chosen.prefix.removesuffix("backbone.")
+    for name in f"{parent}projector.", f"{parent}head.":
+        parts = {k.removeprefix(name): v for k, v in tensors.items() if k.startswith(name)}
+        numbers = [int(k.split(".")[0]) for k in parts if re.match(r"\d{1,2}\.", k)]
+        if not numbers:
+            continue
+        layers = [nn.ReLU() for _ in range(max(numbers) + 1)]
+        for i in set(numbers):
+            weight = parts.get(f"{i}.weight", torch.zeros(()))
+            if weight.ndim == 2:
+                layers[i] = nn.Linear(*weight.T.shape, bias=f"{i}.bias" in parts)
+            elif weight.ndim == 1:
+                layers[i] = nn.BatchNorm1d(len(weight))
+        layers = nn.Sequential(*layers)
+        try:
+            layers.load_state_dict(parts)
+        except RuntimeError:  # what is left, or of other shapes
+            message = f"{path}: the projector under {name!r} is none of ours"
+            raise common.InputError(message) from None
+        return layers if isinstance(layers[-1], nn.Linear) else None
+    return None
 
 
 def describe_choice(chosen, tensors):
@@ -273,7 +332,8 @@ def random_encoder(args, data):
     stem = args.stem if args.stem != "auto" else "small" if size <= 64 else "imagenet"
     torch.manual_seed(args.seed)
     info = {"arch": arch, "stem": stem, "image_size": size, "mean": data.mean, "std": data.std}
-    return common.resnet(arch, stem).eval(), info | {"method": "untrained", "epoch": 0}
+    info |= {"method": "untrained", "epoch": 0, "dataset": None}
+    return common.resnet(arch, stem).eval(), info
 
 
 def drawn(split, fraction, num_classes, seed, purpose):
@@ -304,6 +364,27 @@ def labelled(split, fraction, num_classes, seed):
     return split.take(mask.nonzero()[:, 0])
 
 
+def all_there(data):
+    """InputError where a class has no training image; a line where it has no test image."""
+    for name, split in ("training", data.train), ("test", data.test):
+        count = split.labels.bincount(minlength=len(data.classes)) if split else torch.ones(1)
+        missing = [data.classes[i] for i in (count == 0).nonzero()[:, 0].tolist()]
+        some = ", ".join(map(str, missing[:3])) + ", ..." * (len(missing) > 3)
+        text = f"{data.name}: {len(missing)} of {len(data.classes)} classes have no {name} image"
+        check(name == "test" or not missing, f"{text}, so nothing can tell them: {some}")
+        if missing:
+            print(f"{text}: {some}")
+
+
+# --------------------------------------------------------------------------------------------------
+# Protocols. Each gives scores [N, C] of the classes for the test images, or features of them.
+
+
+def features_of(encoder, split, args, data):
+    """The split with its features [N, F] for images."""
+    return common.Split(common.encode(encoder, split, args, data), split.labels.to(args.device))
+
+
 def new_head(num_features, num_classes, args):
     head = nn.Linear(num_features, num_classes).to(args.device)
     nn.init.normal_(head.weight, std=0.01)
@@ -312,11 +393,10 @@ def new_head(num_features, num_classes, args):
 
 
 def standardisation(features):
-    """Mean and deviation [F] of features [N, F] over the images."""
+    """Mean and deviation [F] of features [N, F] over the images; an all but dead feature stays
+    small."""
     mean, std = features.mean(0), features.std(0)
-    return mean, std.maximum(std.mean() / 100).clamp(
-        min=1e-6
-    )  # an all but dead feature stays small
+    return mean, std.maximum(std.mean() / 100).clamp(min=1e-6)
 
 
 def augmented(data, epoch, steps, args):
@@ -344,37 +424,43 @@ def steps_of(data, args):
     return most // args.batch_size
 
 
-def fit_linear(epoch_of_batches, num_features, num_classes, steps, args):
-    """Train a linear layer on the batches (features [B, F], labels [B]) of each epoch."""
-    head = new_head(num_features, num_classes, args)
-    optimizer = torch.optim.SGD(head.parameters(), args.lr, args.momentum, foreach=True)
+def fit_linear(epoch_of_batches, num_features, num_classes, steps, rates, args):
+    """A linear layer for each of the learning rates, all trained on the same batches (features
+    [B, F], labels [B]) of each epoch."""
+    heads = [new_head(num_features, num_classes, args) for _ in rates]
+    pairs = zip(heads, rates, strict=True)
+    groups = [{"params": head.parameters(), "base": rate} for head, rate in pairs]
+    optimizer = torch.optim.SGD(groups, 0.1, args.momentum, 0, args.weight_decay, foreach=True)
     for epoch in range(1, args.epochs + 1):
         bar, total = common.Progress(f"epoch {epoch}/{args.epochs}", steps, args.batch_size), 0.0
         for i, batch in enumerate(epoch_of_batches(epoch), 1):
-            h, y = common.gather(batch)  # from all processes: each trains the same head
+            h, y = common.gather(batch)  # from all processes: each trains the same heads
             step = (epoch - 1) * steps + i - 1
-            lr = common.learning_rate(step, steps * args.epochs, 0, args.lr, args.lr / 100)
+            share = common.learning_rate(step, steps * args.epochs, 0, 1, args.lr_floor)
             for group in optimizer.param_groups:
-                group["lr"] = lr
-            loss = F.cross_entropy(head(h), y)
-            loss.backward()
+                group["lr"] = group["base"] * share
+            losses = torch.stack([F.cross_entropy(head(h), y) for head in heads])
+            losses.sum().backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            total = total + loss.detach()
-            bar.update(i, total)
-        finite = math.isfinite(float(total))
+            total = total + losses.detach()
+            bar.update(i, total.min())
+        total = float(total.nan_to_num(math.inf).min())  # of the rates that get on
+        finite = math.isfinite(total)
         check(finite, f"the classifier's loss is not finite in epoch {epoch}: try a lower --lr")
         if epoch % max(1, args.epochs // 5) == 0:
-            bar.show(f"{bar.label}  loss {float(total) / steps:.4f}")
-    return head
+            bar.show(f"{bar.label}  loss {total / steps:.4f}")
+    return heads
 
 
-def linear_protocol(encoder, data, train, test, args):
-    """Top-1 and top-5 accuracy of a linear classifier on the frozen encoder. train, test: features.
+def linear_classifiers(encoder, data, train, rates, args):
+    """For each rate a function from features of the frozen encoder to scores. train: features.
 
     Features are standardised with the mean and deviation of the training images' features: the
     classifier is linear all the same, and one learning rate fits encoders of any scale."""
     (mean, std), steps = standardisation(train.images), steps_of(data, args)
+    if not args.standardize:
+        mean, std = torch.zeros_like(mean), torch.ones_like(std)
     if args.cached:
         cached = common.Split((train.images - mean) / std, train.labels)
 
@@ -388,9 +474,35 @@ def linear_protocol(encoder, data, train, test, args):
                     h = encoder(x)
                 yield (h.float() - mean) / std, labels
 
-    head = fit_linear(batches, encoder.num_features, len(data.classes), steps, args)
+    heads = fit_linear(batches, train.images.shape[1], len(data.classes), steps, rates, args)
+    return [lambda h, head=head: head((h - mean) / std) for head in heads]
+
+
+def best_rate(encoder, data, train, args):
+    """The --lr that is best on a tenth of the training images, held out; of equals the lowest."""
+    mask = drawn(data.train, 0.1, len(data.classes), args.seed, "learning rate")
+    rest, held = (~mask).nonzero()[:, 0], mask.nonzero()[:, 0]
+    check(len(held), f"{len(mask)} training images are too few to compare several --lr")
+    part, args = dataclasses.replace(data, train=data.train.take(rest)), copy.copy(args)
+    classifiers = linear_classifiers(encoder, part, train.take(rest), sorted(args.lr), args)
+    held, found = train.take(held), {}
     with torch.no_grad():
-        return common.top_accuracies(head((test.images - mean) / std), test.labels)
+        for rate, classifier in zip(sorted(args.lr), classifiers, strict=True):
+            scores = classifier(held.images)
+            accuracy, _ = common.top_accuracies(scores, held.labels)
+            found[rate] = accuracy if scores.isfinite().all() else 0.0
+    best = max(found, key=found.get)
+    text = ", ".join(f"{rate:g} {accuracy:.2%}" for rate, accuracy in found.items())
+    print(f"--lr on {len(held)} held-out training images: {text}; taken: {best:g}")
+    return best
+
+
+def linear_protocol(encoder, data, train, test, args):
+    """Scores of a linear classifier on the frozen encoder. train, test: features."""
+    rate = best_rate(encoder, data, train, args) if len(args.lr) > 1 else args.lr[0]
+    (classifier,) = linear_classifiers(encoder, data, train, [rate], args)
+    with torch.no_grad():
+        return classifier(test.images)
 
 
 class Classifier(nn.Module):
@@ -411,16 +523,16 @@ class Classifier(nn.Module):
 
 
 def finetune_protocol(encoder, data, train, test, args):
-    """Top-1 and top-5 accuracy after encoder and classifier were trained together, with learning
-    rates of their own, both by steps: after each quarter of the epochs a fifth and a tenth of what
-    they were (S003 B.2.5). The encoder is in train mode. train: features; test: the images."""
+    """Scores after encoder and classifier were trained together, with learning rates of their own,
+    both by steps: after each quarter of the epochs a fifth and a tenth of what they were (S003
+    B.2.5). The encoder is in train mode. train: features; test: the images."""
     head, steps = new_head(encoder.num_features, len(data.classes), args), steps_of(data, args)
     model = Classifier(encoder.requires_grad_(True), head, *standardisation(train.images), args)
     model = common.synchronized(model, args).train()
     forward = common.distributed(model)
     groups = [{"params": encoder.parameters(), "lr": args.encoder_lr, "falls": 0.2}]
-    groups += [{"params": head.parameters(), "lr": args.lr, "falls": 0.1}]
-    optimizer = torch.optim.SGD(groups, args.lr, args.momentum, foreach=True)
+    groups += [{"params": head.parameters(), "lr": args.lr[0], "falls": 0.1}]
+    optimizer = torch.optim.SGD(groups, 0.1, args.momentum, 0, args.weight_decay, foreach=True)
     scaler = torch.amp.GradScaler(torch.device(args.device).type, enabled=args.precision == "fp16")
     for epoch in range(1, args.epochs + 1):
         bar, total = common.Progress(f"epoch {epoch}/{args.epochs}", steps, args.batch_size), 0.0
@@ -441,8 +553,473 @@ def finetune_protocol(encoder, data, train, test, args):
                 group["lr"] *= group["falls"]
     model.eval()
     with torch.no_grad():
-        h = common.encode(encoder, test, args, data)
-        return common.top_accuracies(head(model.norm(h)), test.labels)
+        return head(model.norm(common.encode(encoder, test, args, data)))
+
+
+# --------------------------------------------------------------------------------------------------
+# What the theses print: (source and setting, protocol, architecture, share of the labels, and by
+# dataset and method the accuracy in %: top-1 or (top-1, top-5), None where there is none). "a to b"
+# is trained on a and evaluated on b. S000's BYOL is left out: it is accuracy on training batches.
+
+SOLO = "S003 table B.2, 1000 epochs (IN-100: 400); all but CorInfoMax are solo-learn's"
+TUNED = "S004 table 5.1, 100 + 50 epochs, ResNet-50 (IN-100: ResNet-18), labels used"
+# fmt: off
+PUBLISHED = [
+    (SOLO, "linear", "resnet18", 1, {
+        "cifar10": {"simclr": (90.74, 99.75), "byol": (92.58, 99.79), "vicreg": (92.07, 99.74),
+                    "barlow_twins": (92.10, 99.73), "corinfomax": (93.18, 99.88)},
+        "cifar100": {"simclr": (65.78, 89.04), "byol": (70.46, 91.96), "vicreg": (68.54, 90.83),
+                     "barlow_twins": (70.90, 91.91), "corinfomax": (71.61, 92.40)},
+        "imagenet100": {"simclr": (77.48, 94.02), "byol": (80.32, 94.94), "vicreg": (79.40, 95.06),
+                        "barlow_twins": (80.38, 95.28), "corinfomax": (80.48, 95.46)}}),
+    ("S003 table 5.1, 800 epochs (IN-100: 200, IN-1k: 100), others from various sources",
+     "linear", "resnet50", 1, {
+        "tiny_imagenet": {"simclr": 48.12, "corinfomax": 54.86},
+        "imagenet100": {"byol": 78.76, "corinfomax": 82.64},
+        "imagenet": {"simclr": 66.5, "byol": 69.3, "barlow_twins": 68.7, "vicreg": 68.6,
+                     "corinfomax": 69.08}}),
+    ("S003 table 5.2, 100 epochs", "finetune", "resnet50", 0.01,
+     {"imagenet": {"vicreg": 44.75, "corinfomax": 44.89}}),
+    ("S003 table 5.2, 100 epochs", "finetune", "resnet50", 0.1,
+     {"imagenet": {"vicreg": 62.16, "corinfomax": 64.36}}),
+    (TUNED, "linear", "resnet50", 1, {
+        "cifar10": {"cross_entropy": 95.0, "supcon": 96.3, "tcl": 96.4},
+        "cifar100": {"cross_entropy": 75.3, "supcon": 79.1, "tcl": 79.8},
+        "fashion_mnist": {"cross_entropy": 94.5, "supcon": 95.5, "tcl": 95.7}}),
+    (TUNED, "linear", "resnet18", 1,
+     {"imagenet100": {"cross_entropy": 84.2, "supcon": 85.9, "tcl": 86.7}}),
+    ("S004 table 5.2, 1000 epochs (IN-100: 400)", "linear", "resnet18", 1,
+     {"cifar10": {"tcl_self_supervised": 91.8}, "cifar100": {"tcl_self_supervised": 67.2},
+      "imagenet100": {"tcl_self_supervised": 78.4}}),
+    ("S001 table 5.2, 200 epochs, ImageNet stem by its accuracies", "linear", "resnet18", 1, {
+        "cifar10": {"simclr": 75.41, "byol": 76.46, "carl": 78.94},
+        "cifar100": {"simclr": 44.94, "byol": 45.68, "carl": 48.85},
+        "stl10": {"simclr": 80.57, "byol": 79.64, "carl": 81.95},
+        "imagenet64": {"simclr": 30.32, "byol": 30.96, "carl": 31.86}}),
+    ("S001 table 5.3, transfer, 50 epochs", "linear", "resnet18", 1, {
+        "cifar10 to cifar100": {"simclr": 40.39, "byol": 43.47, "carl": 43.47},
+        "cifar100 to cifar10": {"simclr": 67.4, "byol": 67.23, "carl": 67.89}}),
+    ("S001 table 5.3, 50 epochs", "finetune", "resnet18", 0.01,
+     {"stl10": {"simclr": 53.66, "byol": 36.64, "carl": 52.26}}),
+    ("S001 table 5.3, 50 epochs", "finetune", "resnet18", 0.1,
+     {"stl10": {"simclr": 73.92, "byol": 65.7, "carl": 74.85}}),
+    ("S001 table 5.3, 50 epochs", "finetune", "resnet18", 1,
+     {"stl10": {"simclr": 86.97, "byol": 85.72, "carl": 88.15}}),
+    ("S001 table 6.1, 200 epochs", "linear", "resnet50", 1,
+     {"imagenet": {"simclr": 61.9, "carl": (65.7, 86.7), "carp": (68.6, 88.5)}}),
+    ("S001 table 6.2, 200 epochs", "finetune", "resnet50", 0.01,
+     {"imagenet": {"simclr": (None, 56.5), "carl": (None, 72.6), "carp": (None, 74.5)}}),
+    ("S001 table 6.2, 200 epochs", "finetune", "resnet50", 0.1,
+     {"imagenet": {"simclr": (None, 82.7), "carl": (None, 83.9), "carp": (None, 85.3)}}),
+    ("S002, 30 epochs (with RC 77.31, with LBE 76.74)", "linear", "resnet18", 1,
+     {"cifar10": {"simclr": 76.91}}),
+    ("S000 table 4, 100 epochs, classifier trained meanwhile", "linear", "resnet18", 1,
+     {"cifar10": {"simclr": (84.1, 99.5)}}),
+]
+# fmt: on
+
+
+def published(info, name, args):
+    """[(method, top-1, top-5, setting)], as fractions, for the dataset, architecture and protocol:
+    the same method's, or every method's where this is none that the theses have."""
+    trained_on, found = info["dataset"] or name, []
+    key = name if trained_on == name else f"{trained_on} to {name}"
+    for setting, protocol, arch, share, figures in PUBLISHED:
+        if (protocol, arch, share) == (args.protocol, args.arch, args.label_fraction):
+            for method, accuracy in figures.get(key, {}).items():
+                pair = accuracy if isinstance(accuracy, tuple) else (accuracy, None)
+                found.append((method, *(x and round(x / 100, 4) for x in pair), setting))
+    return [row for row in found if row[0] == info["method"]] or found
+
+
+# --------------------------------------------------------------------------------------------------
+# Pictures: tensors in, a PIL image out
+
+INK, PALE, BLUE, ORANGE = (34, 34, 34), (216, 216, 216), (0, 90, 181), (220, 95, 0)
+COLORS = """#4363d8 #e6194b #3cb44b #f58231 #911eb4 #42d4f4 #f032e6 #9a6324 #000000 #bfef45
+    #469990 #fabed4 #808000 #800000 #ffe119 #000075 #a9a9a9 #dcbeff #aaffc3 #ffd8b1""".split()
+DASHES = (1, 0), (9, 4), (2, 3), (16, 6)  # pixels drawn, pixels left out
+
+
+@functools.cache
+def font(size):
+    try:
+        return ImageFont.load_default(size)
+    except TypeError:  # Pillow before 10.1 has one size
+        return ImageFont.load_default()
+
+
+def shortened(text, width, size=14):
+    """The text in one line, in ASCII as the font is; without its end where it is wider than that
+    many pixels."""
+    text = unicodedata.normalize("NFKD", " ".join(text.split()))[:400]
+    text = "".join(c if " " <= c <= "~" else "?" for c in text if not unicodedata.combining(c))
+    if font(size).getlength(text) > width:
+        while text and font(size).getlength(text + "...") > width:
+            text = text[:-1]
+        text = text.rstrip() + "..."
+    return text
+
+
+def write(image, x, y, text, size=14, align=0.0, width=9999, fill=INK, upright=False):
+    """A line of text with its top at y, from x on (align 0), centred on x (.5) or up to x (1).
+    upright: it reads from below to above, with its left at x, from y on."""
+    text = shortened(text, width, size)
+    length = math.ceil(font(size).getlength(text))
+    tile = Image.new("L", (max(1, length), size * 4 // 3))
+    ImageDraw.Draw(tile).text((0, 0), text, 255, font(size))
+    x, y = (x, y - (1 - align) * length) if upright else (x - align * length, y)
+    image.paste(fill, (round(x), round(y)), tile.rotate(90, expand=True) if upright else tile)
+
+
+def headed(body, title, caption):
+    """The picture on a white page, below heading and caption."""
+    sizes = max(22, body.width // 60), max(14, body.width // 90)
+    lines = [(line, size) for text, size in zip((title, caption), sizes, strict=True)
+             for line in textwrap.wrap(text, int(body.width / size / 0.52))]  # fmt: skip
+    top = 24 + sum(size + 8 for _, size in lines)
+    page, y = Image.new("RGB", (body.width + 32, top + body.height + 16), "white"), 14
+    for line, size in lines:
+        write(page, 16, y, line, size, width=body.width)
+        y += size + 8
+    page.paste(body, (16, top))
+    return page
+
+
+def dashed(draw, points, dash, fill, width):
+    """A line through the points, by turns drawn over dash[0] pixels and left out over dash[1]."""
+    gone = 0.0
+    for (x1, y1), (x2, y2) in itertools.pairwise(points):
+        length = math.dist((x1, y1), (x2, y2))
+        steps = max(1, round(length))
+        ends = [(x1 + (x2 - x1) * i / steps, y1 + (y2 - y1) * i / steps) for i in range(steps + 1)]
+        for i, piece in enumerate(itertools.pairwise(ends)):
+            if (gone + i * length / steps) % sum(dash) < dash[0]:
+                draw.line(piece, fill, width)
+        gone += length
+
+
+def images_at(split, index, args):
+    """Images of a split as the encoder sees them, but in [0, 1]: float [n, 3, S, S] for index [n].
+    No others are decoded."""
+    split = split.take(index)
+    images = split.images
+    if not split.in_memory:
+        stream = common.decode(split, [(i, None) for i in range(len(split))], 256, args)
+        images = torch.cat([crops[:, 0] for crops, _ in stream])
+    return common.evaluation_view(images, args.image_size, (0, 0, 0), (1, 1, 1))
+
+
+def thumbnails(images, size):
+    """float [N, 3, S, S] in [0, 1] -> N PIL images of size x size pixels."""
+    x = F.interpolate(images.float(), (size, size), mode="bicubic", antialias=True)
+    x = (x.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).contiguous().cpu()
+    return [Image.fromarray(image) for image in x.numpy()]
+
+
+def nearest_images(test_features, test_labels, train_features, rows=10, count=8):
+    """Test images, int64 [rows], and for each the training images nearest by cosine, the nearest
+    first, [rows, count]; fewer where there are fewer. The test images: the first of each class, of
+    classes spread over all; where these are fewer than rows, also the second of each, and so on."""
+    order = test_labels.cpu().argsort(stable=True)
+    labels = test_labels.cpu()[order]
+    turn = torch.arange(len(order)) - torch.searchsorted(labels, labels)  # 0: first of its class
+    turns = turn.argsort(stable=True)[: max(rows, len(labels.unique()))]
+    rows = min(rows, len(turns))
+    chosen = order[turns[torch.arange(rows) * len(turns) // rows].sort().values]
+    queries = F.normalize(test_features[chosen.to(test_features.device)])
+    cosine = queries @ F.normalize(train_features).T
+    return chosen, cosine.topk(min(count, cosine.shape[1])).indices.cpu()
+
+
+def frame(draw, x, y, size, right):
+    """A whole blue frame for right, a dashed orange one for wrong."""
+    corners = [(x, y), (x + size, y), (x + size, y + size), (x, y + size), (x, y)]
+    dashed(draw, corners, DASHES[0] if right else (8, 5), BLUE if right else ORANGE, 4)
+
+
+def neighbors_picture(test_images, test_labels, train_images, train_labels, classes, title):
+    """Test images, float [R, 3, S, S] in [0, 1], each in a row with its K nearest training images,
+    [R, K, 3, S, S], in frames that tell whether their class, of labels [R, K], is the same."""
+    (rows, count), size, wide, high, left = train_labels.shape, 72, 100, 112, 130
+    body = Image.new("RGB", (max(left + wide * count, 640), 64 + high * rows), "white")
+    draw, right = ImageDraw.Draw(body), (train_labels == test_labels[:, None]).tolist()
+    for x, same, text in (0, True, "of the test image's class"), (290, False, "of another class"):
+        frame(draw, x + 2, 4, 18, same)
+        write(body, x + 30, 6, f"neighbour {text}")
+    write(body, 50, 36, "test image", align=0.5)
+    write(body, left + 10, 36, "its nearest training images, the nearest first")
+    draw.line([(115, 36), (115, body.height)], PALE, 2)
+    images = torch.cat([test_images[:, None], train_images], 1).flatten(0, 1)
+    labels = torch.cat([test_labels[:, None], train_labels], 1).flatten().tolist()
+    for i, (image, label) in enumerate(zip(thumbnails(images, size), labels, strict=True)):
+        row, column = divmod(i, count + 1)
+        x, y = left + wide * (column - 1) if column else 0, 60 + high * row
+        if column:
+            frame(draw, x + 10, y + 2, size + 7, right[row][column - 1])
+        body.paste(image, (x + 14, y + 6))
+        write(body, x + wide // 2, y + size + 13, classes[label], align=0.5, width=wide - 6)
+    same = sum(map(sum, right))
+    caption = f"{same} of the {rows * count} neighbours shown, {same / (rows * count):.0%}, are of "
+    caption += "the test image's class. Nearest: by the cosine of the encoder's features."
+    return headed(body, title, caption)
+
+
+def covariance(features):
+    """Of features [N, F], float64: their covariance [F, F], with N - 1, and them centred [N, F]."""
+    centred = features.double() - features.double().mean(0)
+    return centred.T @ centred / max(1, len(features) - 1), centred
+
+
+def principal_components(features):
+    """The two coordinates float64 [N, 2] in which features [N, F] vary most, and their shares [2]
+    of the whole variance. The largest weight of each is positive."""
+    cov, centred = covariance(features)
+    values, vectors = torch.linalg.eigh(cov)
+    weights = vectors[:, -2:].flip(1)  # [F, 2]
+    weights = weights * weights.gather(0, weights.abs().argmax(0, keepdim=True)).sign()
+    shares = values.clamp(min=0) / values.clamp(min=0).sum().clamp(min=1e-300)
+    return (centred @ weights).cpu(), shares[-2:].flip(0).cpu()
+
+
+def tsne_of_sklearn():
+    """scikit-learn's class; InputError where it is not installed."""
+    try:
+        from sklearn.manifold import TSNE
+    except ImportError:
+        wrong = "--map tsne needs scikit-learn: pip install scikit-learn, or --map pca"
+        raise common.InputError(wrong) from None
+    return TSNE
+
+
+def tsne(features, seed):
+    """t-SNE's coordinates float32 [N, 2] of features [N, F], with the settings of S003 5.6."""
+    check(len(features) > 3, f"--map tsne: {len(features)} images are too few")
+    settings = {"perplexity": min(50, (len(features) - 1) / 3), "early_exaggeration": 12}
+    points = tsne_of_sklearn()(**settings, init="random", random_state=seed)
+    return torch.from_numpy(points.fit_transform(features.cpu().numpy()))
+
+
+def map_cells(points, cells, reach=2):
+    """{(column, row from above) in a grid: index of a point} for points [N, 2], each in its cell or
+    the nearest free one, at most `reach` away, or left out. Both axes are scaled to fill the grid.
+    """
+    low, high = points.amin(0), points.amax(0)
+    place = (points - low) / (high - low).clamp(min=1e-12) * (cells - 1 - 2 * reach) + reach
+    place, shown = place.round().long().tolist(), {}
+    ways = itertools.product(range(-reach, reach + 1), repeat=2)
+    ways = sorted(ways, key=lambda way: math.hypot(*way))
+    for i in torch.randperm(len(points), generator=torch.Generator().manual_seed(0)).tolist():
+        x, y = place[i][0], cells - 1 - place[i][1]
+        spots = ((x + dx, y + dy) for dx, dy in ways)
+        shown.setdefault(next((spot for spot in spots if spot not in shown), (x, y)), i)
+    return shown
+
+
+def map_picture(images, labels, points, classes, title, axes):
+    """Images, float [N, 3, S, S] in [0, 1], where their points [N, 2] are, in frames of their
+    classes' colours, up to 20 classes. axes: what the coordinates are, two texts."""
+    cells = max(12, min(52, math.ceil(1.65 * len(points) ** 0.5)))
+    tile, left, named = 1664 // cells, 28, classes if len(classes) <= len(COLORS) else ()
+    across, columns = cells * tile, max(4, min(8, len(named)))
+    top = 8 + 26 * math.ceil(len(named) / columns)
+    body = Image.new("RGB", (left + across, top + across + 32), "white")
+    draw, edge = ImageDraw.Draw(body), 3 if named else 1
+    for i, name in enumerate(named):
+        x, y = left + i % columns * (across // columns), i // columns * 26
+        draw.rectangle((x, y, x + 16, y + 16), COLORS[i])
+        write(body, x + 24, y - 1, name, 16, width=across // columns - 36)
+    draw.rectangle((left, top, left + across - 1, top + across - 1), "white", PALE)
+    pictures, shown = thumbnails(images, tile - 2 - 2 * edge), map_cells(points, cells)
+    for (column, row), i in shown.items():
+        x, y = left + column * tile + 1, top + row * tile + 1
+        color = COLORS[labels[i]] if named else PALE
+        draw.rectangle((x, y, x + tile - 3, y + tile - 3), color)
+        body.paste(pictures[i], (x + edge, y + edge))
+    write(body, left + across // 2, body.height - 26, axes[0], 20, 0.5, across)
+    write(body, 0, top + across // 2, axes[1], 20, 0.5, across, upright=True)
+    caption = f"{len(shown)} of {len(points)} images are shown, each at its place or the nearest "
+    caption += "free one, at most two images away; no room for others. The axes are scaled to fit. "
+    many = f"The {len(classes)} classes are too many to be told apart by colours."
+    return headed(body, title, caption + ("Colours: the class." if named else many))
+
+
+def covariance_spectrum(features):
+    """Eigenvalues float64 [F] of the covariance of features [N, F], in ascending order."""
+    return torch.linalg.eigvalsh(covariance(features)[0]).clamp(min=0).cpu()
+
+
+def variance_shares(eigenvalues):
+    """Each one's share of their sum, float64 [F], the largest first; rounding, which is what is at
+    most 1e-12 of the largest, is 0."""
+    values = eigenvalues.double().cpu().sort(descending=True).values
+    values = values.where(values > 1e-12 * values[0], 0)
+    return values / values.sum().clamp(min=1e-300)
+
+
+def effective_dimension(shares):
+    """exp of the entropy of shares [F]: F where all are equal, 1 where one is all, 0 for no sum."""
+    return float(torch.special.entr(shares).sum().exp()) if shares.sum() > 0 else 0.0
+
+
+def spectrum_panel(name, lines, bottom, top):
+    """A diagram of lines, [(label, shares [F])], over a log axis from 10^bottom to 10^top."""
+    left, up, wide, high = 76, 36, 520, 340
+    body = Image.new("RGB", (left + wide + 12, up + high + 76 + 24 * len(lines)), "white")
+    draw, ranks = ImageDraw.Draw(body), max(len(shares) for _, shares in lines)
+    write(body, left + wide // 2, 0, name, 18, 0.5, wide)
+    write(body, left + wide // 2, up + high + 34, "rank of the eigenvalue, largest first", 16, 0.5)
+    write(body, 0, up + high // 2, "share of the whole variance", 16, 0.5, upright=True)
+    step = next(n * 10**e for e in range(9) for n in (1, 2, 5) if ranks <= 6 * n * 10**e)
+    for rank in {1, *range(step, ranks + 1, step)}:
+        x = left + (rank - 1) / max(1, ranks - 1) * wide
+        draw.line([(x, up), (x, up + high)], PALE)
+        write(body, x, up + high + 8, str(rank), align=0.5)
+    for decade in range(bottom, top + 1):
+        y = up + (top - decade) / (top - bottom) * high
+        draw.line([(left, y), (left + wide, y)], PALE)
+        write(body, left - 26, y - 8, "10", align=1)
+        write(body, left - 25, y - 14, str(decade), 12)
+    for i, (label, shares) in enumerate(lines):
+        color, dash, y = COLORS[i % 9], DASHES[i % 4], up + high + 70 + 24 * i
+        dashed(draw, [(left, y + 8), (left + 60, y + 8)], dash, color, 2)
+        text = f"effective dimension {effective_dimension(shares):.1f} of {len(shares)}: {label}"
+        write(body, left + 70, y, text, width=wide - 70)
+        x = left + torch.arange(len(shares)) / max(1, ranks - 1) * wide
+        y = up + (top - shares.log10().clamp(min=bottom)) / (top - bottom) * high
+        dashed(draw, torch.stack([x, y], 1).tolist(), dash, color, 2)
+    return body
+
+
+def spectrum_picture(curves, title):
+    """Spectra of covariances, {panel: [(label, eigenvalues [F])]}, side by side on one axis."""
+    panels = {name: [(label, variance_shares(values)) for label, values in lines]
+              for name, lines in curves.items()}  # fmt: skip
+    shares = torch.cat([shares for lines in panels.values() for _, shares in lines])
+    shown = shares[shares > 0].log10().tolist() or [0.0]
+    top = math.ceil(max(shown))
+    bottom = min(max(math.floor(min(shown)), top - 10), top - 1)
+    parts = [spectrum_panel(name, lines, bottom, top) for name, lines in panels.items()]
+    size = sum(part.width + 24 for part in parts) - 24, max(part.height for part in parts)
+    body, x = Image.new("RGB", size, "white"), 0
+    for part in parts:
+        body.paste(part, (x, 0))
+        x += part.width + 24
+    caption = "Eigenvalues of the features' covariance, as shares of their sum. Effective "
+    caption += "dimension: exp(entropy of the shares), F where all F are equal, 1 where one is all."
+    less = " On the lower edge: what is less, or zero." if shares.min() < 10.0**bottom else ""
+    return headed(body, title, caption + less)
+
+
+def most_confused(counts, limit=20):
+    """The `limit` classes, sorted, that take part in the most mistakes of counts [C, C]."""
+    wrong = counts - counts.diag().diag()
+    return (wrong.sum(0) + wrong.sum(1)).argsort(descending=True, stable=True)[:limit].sort().values
+
+
+def confusion_picture(counts, classes, title):
+    """counts int64 [C, C] of images, rows: true class, columns: predicted; of more than 20 classes
+    those that are confused most."""
+    total, right, known = int(counts.sum()), int(counts.diag().sum()), most_confused(counts)
+    share = (counts / counts.sum(1, keepdim=True).clamp(min=1))[known][:, known].tolist()
+    names, n = [shortened(classes[k], 150) for k in known.tolist()], len(known)
+    side, cell = 40 + round(max(map(font(14).getlength, names))), max(36, min(90, 460 // n))
+    body = Image.new("RGB", (max(side + n * cell + 4, 640), side + n * cell + 4), "white")
+    draw = ImageDraw.Draw(body)
+    write(body, side + n * cell // 2, 0, "predicted class", 16, 0.5)
+    write(body, 0, side + n * cell // 2, "true class", 16, 0.5, upright=True)
+    for i, j in itertools.product(range(n), range(n)):
+        x, y, value = side + j * cell, side + i * cell, share[i][j]
+        shade = tuple(round(255 + (dark - 255) * value) for dark in BLUE)
+        draw.rectangle((x, y, x + cell, y + cell), shade, PALE)
+        if value >= 0.005 or i == j:
+            ink, text = "white" if value > 0.5 else INK, f"{100 * value:.0f}"
+            write(body, x + cell / 2, y + cell / 2 - 9, text, align=0.5, fill=ink)
+    for i, name in enumerate(names):
+        at = side + i * cell
+        draw.rectangle((at, at, at + cell, at + cell), None, INK, 2)
+        write(body, side - 8, at + cell // 2 - 9, name, align=1)
+        write(body, at + cell // 2 - 9, side - 8, name, upright=True)
+    title += f": {right / max(1, total):.1%} of {total} images correct"
+    caption = "How many percent of the images of a true class are taken for each predicted class "
+    caption += "(blank: under 0.5). Black frames: correct."
+    few = f" Of {len(counts)} classes the {n} most confused, so rows need not add up to 100."
+    return headed(body, title, caption + few * (n < len(counts)))
+
+
+def spectra(path, test, data, args):
+    """(label, the spectrum of the representations, that of the projections or None) of the encoder
+    in a file, or an untrained one, on test images. A run's projector is in its checkpoint.pt."""
+    if path is None:
+        encoder, info = random_encoder(args, data)
+        label, beside = f"untrained {args.arch}", None
+    else:
+        encoder, info = load_encoder(path, key=args.key if path == args.checkpoint else None)
+        epoch = "" if info["epoch"] is None else f", epoch {info['epoch']}"
+        label = f"{info['method']}{epoch}, {Path(path).resolve().parent.name}"
+        beside = Path(path).with_name("checkpoint.pt") if Path(path).name in OURS else None
+    args = argparse.Namespace(**vars(args) | {"image_size": info["image_size"]})
+    data = dataclasses.replace(data, mean=info["mean"], std=info["std"])
+    encoder = encoder.to(args.device, memory_format=torch.channels_last)
+    h, weights = common.encode(encoder, test, args, data), encoder.state_dict()
+    try:
+        both, _ = load_encoder(beside or "", features="projector")
+    except common.InputError:
+        return label, covariance_spectrum(h), None
+    same = both.encoder.state_dict().items()
+    if not all(torch.equal(weights[key].cpu(), value) for key, value in same):
+        return label, covariance_spectrum(h), None  # another epoch's
+    with torch.no_grad():
+        z = both.projector.to(args.device)(h)
+    return label, covariance_spectrum(h), covariance_spectrum(z)
+
+
+def draw_pictures(info, data, test, features, scores, args):
+    """The four pictures, by name. features: Splits of data.train and test; scores: [N, C]."""
+    train, queries = features
+    epoch = "" if info["epoch"] is None else f", epoch {info['epoch']}"
+    title, classes = f"{info['method']}{epoch}, {data.name}", [str(name) for name in data.classes]
+    labels = test.labels.cpu()
+    chosen, nearest = nearest_images(queries.images, labels, train.images)
+    images = images_at(test, chosen, args)
+    theirs = images_at(data.train, nearest.flatten(), args).unflatten(0, nearest.shape)
+    known = labels[chosen], theirs, data.train.labels.cpu()[nearest]
+    yield "neighbors", neighbors_picture(images, *known, classes, f"{title}: nearest neighbours")
+
+    some = torch.arange(min(len(test), 1500)) * len(test) // min(len(test), 1500)
+    of_map = queries.images[some.to(queries.images.device)]
+    if args.map == "tsne":
+        points, axes = tsne(of_map, args.seed), ("t-SNE, first coordinate", "second coordinate")
+    else:
+        points, shares = principal_components(of_map)
+        kinds = zip(("first", "second"), shares.tolist(), strict=True)
+        axes = [f"{kind} principal component, {x:.0%} of the variance" for kind, x in kinds]
+    images = images_at(test, some, args)
+    name = f"{title}: test images by their features"
+    yield "map", map_picture(images, labels[some], points, classes, name, axes)
+
+    files = [] if args.checkpoint == "random" else [args.checkpoint, *args.compare]
+    found = [spectra(path, test.spread(10_000), data, args) for path in [None, *files]]
+    panels = {"representations": [(label, h) for label, h, _ in found]}
+    if projected := [(label, z) for label, _, z in found if z is not None]:
+        panels["projections"] = projected
+    yield "spectrum", spectrum_picture(panels, f"Spectrum of the covariance, {data.name}")
+
+    pairs = labels * len(classes) + scores.argmax(1).cpu()
+    counts = pairs.bincount(minlength=len(classes) ** 2).view(len(classes), -1)
+    how = {"knn": "kNN", "linear": "linear", "finetune": "finetuned"}[args.protocol]
+    yield "confusion", confusion_picture(counts, classes, f"{title}, {how}")
+
+
+def write_pictures(pictures, folder):
+    for name, picture in pictures:
+        with common.atomic_write(folder / f"{name}.png") as file:
+            picture.save(file, "png")
+        print(f"{folder / name}.png")
+
+
+# --------------------------------------------------------------------------------------------------
+# Command line, table
 
 
 # fmt: off
@@ -453,67 +1030,113 @@ def parser():
     p.add_argument("--mean", type=float, nargs=3, help="of the channels (default: see below)")
     p.add_argument("--std", type=common.positive, nargs=3, help="default: what the file says, else "
                    "those of the dataset with the small stem, of ImageNet with the other")
+    p.add_argument("--features", choices=FEATURES, default="encoder",
+                   help="what is evaluated; the projector is in our own checkpoint.pt")
     p.add_argument("--protocol", choices=PROTOCOLS, default="linear", help="see above")
+    p.add_argument("--recipe", choices=RECIPES, help="settings of a thesis, see above")
     common.shared_arguments(p)
     p.set_defaults(arch=None)  # the checkpoint knows
     p.add_argument("--cached", action="store_true", help="compute features once, no augmentation")
     p.add_argument("--label-fraction", type=common.number(float, 1e-6, 1), default=1.0,
                    help="of the training images of each class, for every protocol")
+    p.add_argument("--seeds", type=common.number(int, 1, 10), default=1, help="repeat with --seed, "
+                   "--seed + 1, ...: the mean and its 95 %% confidence interval")
     p.add_argument("--epochs", type=common.count, default=100, help="of the classifier")
     p.add_argument("--batch-size", type=common.count, default=256, help="of the classifier")
-    p.add_argument("--lr", type=common.positive, default=0.2, help="initial; S003: 0.2 to 0.002")
+    p.add_argument("--lr", type=common.positive, nargs="+", default=[0.2], help="initial; several: "
+                   "the best on a tenth of the training images, held out, is taken")
+    p.add_argument("--lr-floor", type=common.fraction, default=0.01,
+                   help="the last learning rate, as a share of the first; for linear")
     p.add_argument("--encoder-lr", type=common.positive, default=0.005, help="for finetune, S003")
     p.add_argument("--momentum", type=common.fraction, default=0.9, help="of SGD")
+    p.add_argument("--weight-decay", type=common.number(float, 0), default=0.0, help="of SGD")
+    p.add_argument("--standardize", action=argparse.BooleanOptionalAction, default=True,
+                   help="bring features to mean 0 and deviation 1 for the linear classifier")
     p.add_argument("--crop-min", type=common.number(float, 1e-3, 1), default=0.08,
                    help="smallest crop, share of the image's area")
     p.add_argument("--validation-fraction", type=common.fraction, default=0.0,
                    help="measure on this share of the training images, held out, instead of test")
+    p.add_argument("--untrained", action=argparse.BooleanOptionalAction, default=True,
+                   help="measure an untrained encoder as well, for comparison")
+    p.add_argument("--pictures", action="store_true", help="write neighbors.png, map.png, "
+                   "spectrum.png and confusion.png beside the checkpoint")
+    p.add_argument("--map", choices=MAPS, default="pca", help="how map.png comes to two dimensions;"
+                   " tsne needs scikit-learn")
+    p.add_argument("--compare", nargs="+", default=[], help="more checkpoints for spectrum.png")
     return p
 # fmt: on
 
 
-def main():
-    args = common.parse_args(parser(), PRESETS, "protocol")
-    check(not args.cached or args.protocol == "linear", "--cached is for --protocol linear")
+def arguments():
+    args = common.parse_args(parser(), PRESETS, "protocol", "recipe")
+    linear = args.protocol == "linear"
+    check(not args.cached or linear, "--cached is for --protocol linear")
+    check(len(args.lr) == 1 or linear, "several --lr are for --protocol linear")
+    whole = args.recipe in (None, "s001") or linear
+    check(whole, f"--recipe {args.recipe} is for --protocol linear")
+    projector = args.features == "projector"
+    check(not projector or args.protocol != "finetune", "--features projector is not for finetune")
+    for flag in "map", "compare":
+        given = getattr(args, flag) != parser().get_default(flag)
+        check(args.pictures or not given, f"--{flag} is for --pictures")
+    if args.map == "tsne":
+        tsne_of_sklearn()  # hours later would be a bad time to find it missing
+    for path in args.compare:
+        load_encoder(path)
     common.resolve_hardware(args)
-    untrained, held = args.checkpoint == "random", args.validation_fraction > 0
+    return args
+
+
+def the_encoder(args):
+    """(encoder, info, data): what --checkpoint and --dataset name, and how images are shown to it.
+    Fills in args.arch, stem and image_size."""
+    untrained = args.checkpoint == "random"
     if not untrained:  # before the data: the cheaper thing to be wrong about
-        given = {"arch": args.arch, "image_size": args.image_size, "mean": args.mean}
-        given |= {"std": args.std, "key": args.key}
-        given["stem"] = None if args.stem == "auto" else args.stem
+        given = {"arch": args.arch, "stem": None if args.stem == "auto" else args.stem}
+        given |= {"image_size": args.image_size, "mean": args.mean, "std": args.std}
+        given |= {"key": args.key, "features": args.features}
         encoder, info = load_encoder(args.checkpoint, **given)
         print(f"{args.checkpoint}: {info['found']}")
     data = common.load_once(args)
     if untrained:
+        check(args.features == "encoder", "--features projector needs a checkpoint.pt")
         encoder, info = random_encoder(args, data)
     elif info["assumed"]:
         if info["stem"] == "small":  # trained on images such as these, most likely
             like = {"image_size": data.size, "mean": data.mean, "std": data.std}
             info |= {name: like[name] for name in info["assumed"]}
         print("assumed:", ", ".join(f"{name} {info[name]}" for name in info["assumed"]))
+    args.image_size, args.arch, args.stem = info["image_size"], info["arch"], info["stem"]
+    if data.train.in_memory and data.size != args.image_size:
+        shape = data.train.images.shape[2:]
+        cut = "x".join(map(str, common.centre_box(*shape, args.image_size)[2:]))
+        print(f"{data.name}: {shape[1]}x{shape[0]} pixels, of which the central {cut} are resized "
+              f"to the {args.image_size} of the encoder")  # fmt: skip
+    data = dataclasses.replace(data.to(args.device), mean=info["mean"], std=info["std"])
+    encoder = encoder.to(args.device, memory_format=torch.channels_last).requires_grad_(False)
+    return encoder, info, data
+
+
+def the_images(data, args):
+    """(data, test, kind): training images, those the figures are of, and what these are."""
+    held = args.validation_fraction > 0
     there = data.test is not None or held
     check(there, f"{data.name} has no test split: hold images out with --validation-fraction 0.1")
-    args.image_size, args.arch, args.stem = info["image_size"], info["arch"], info["stem"]
-    data = dataclasses.replace(data.to(args.device), mean=info["mean"], std=info["std"])
-    test, kind = data.test, "validation" if held else "test"
-    if held:
-        train, test = hold_out(data.train, args.validation_fraction, len(data.classes), args.seed)
-        data = dataclasses.replace(data, train=train)
-    whole = len(data.train)
-    train = labelled(data.train, args.label_fraction, len(data.classes), args.seed)
-    data, few = dataclasses.replace(data, train=train), len(train) < whole
-    if few:
-        print(f"labels of {len(train)} of {whole} training images, {args.label_fraction:g} of each")
-    folder = Path(args.checkpoint).parent
-    folder = Path(f"runs/random_{data.name}_{args.arch}") if untrained else folder
-    words = [
-        args.protocol,
-        f"{args.label_fraction:g}" * few,
-        "cached" * args.cached,
-        "validation" * held,
-        data.name,
-    ]
-    words += [] if untrained or Path(args.checkpoint).name in OURS else [Path(args.checkpoint).stem]
+    all_there(dataclasses.replace(data, test=None) if held else data)
+    if not held:
+        return data, data.test, "test"
+    train, test = hold_out(data.train, args.validation_fraction, len(data.classes), args.seed)
+    return dataclasses.replace(data, train=train), test, "validation"
+
+
+def the_file(data, args):
+    """Where the figures go: beside the checkpoint, or in a folder of its own. It can be written."""
+    path, untrained = Path(args.checkpoint), args.checkpoint == "random"
+    folder = Path(f"runs/random_{data.name}_{args.arch}") if untrained else path.parent
+    words = [args.protocol, "projector" * (args.features == "projector")]
+    words += [f"{args.label_fraction:g}" * (args.label_fraction < 1), "cached" * args.cached]
+    words += ["validation" * (args.validation_fraction > 0), data.name]
+    words += [] if untrained or path.name in OURS else [path.stem]
     file = folder / ("_".join(filter(None, words)) + ".json")
 
     def try_to_write():  # hours later would be a bad time to fail
@@ -523,46 +1146,129 @@ def main():
         file.with_suffix(".test").unlink()
 
     common.on_first(try_to_write)
-    if args.protocol != "knn":
-        steps_of(data, args)  # before the features, for what is wrong with the batches
+    return file
 
-    encoder = encoder.to(args.device, memory_format=torch.channels_last).requires_grad_(False)
-    before = {key: value.clone() for key, value in encoder.state_dict().items()}
+
+def measure(encoder, original, data, train, test, images, args):
+    """{"knn" and the protocol: scores [N, C] of the test images}, k, for one seed. The encoder is
+    frozen, and compared with its original state; fine-tuning, which changes it, comes last. train,
+    test: features; images: those of test."""
+    classes = len(data.classes)
     torch.manual_seed(args.seed)
-    start, classes = time.time(), len(data.classes)
-    features, queries = (
-        common.Split(common.encode(encoder, split, args, data), split.labels.to(args.device))
-        for split in (data.train, test)
-    )
-    finite = features.images.isfinite().all() and queries.images.isfinite().all()
+    finite = train.images.isfinite().all() and test.images.isfinite().all()
     check(finite, f"{args.checkpoint}: its features are not finite")
-    *knn, k = common.knn_accuracies(features.spread(args.knn_bank), queries, classes, args)
-    result = {"protocol": args.protocol, "dataset": data.name, "split": kind}
-    result |= {"label_fraction": args.label_fraction, "labelled_images": len(data.train)}
-    result |= {"knn_top1": knn[0], "knn_top5": knn[1], "knn_k": k}
-    rows = [(f"kNN, k = {k}", *knn), ("chance", 1 / classes, min(1, 5 / classes))]
+    votes, k = common.knn_votes(train.spread(args.knn_bank), test, classes, args)
+    scores = {"knn": votes}
     if args.protocol == "linear":
-        top1, top5 = linear_protocol(encoder, data, features, queries, args)
-        result |= {"top1": top1, "top5": top5, "cached": args.cached}
-        rows.insert(1, ("linear, cached" if args.cached else "linear", top1, top5))
-    if not all(torch.equal(v, before[k]) for k, v in encoder.state_dict().items()):
+        scores["linear"] = linear_protocol(encoder, data, train, test, args)
+    if not all(torch.equal(v, original[key]) for key, v in encoder.state_dict().items()):
         raise RuntimeError("the encoder changed while it was evaluated")
     if args.protocol == "finetune":
-        top1, top5 = finetune_protocol(encoder, data, features, test, args)
-        result |= {"top1": top1, "top5": top5}
-        rows.insert(1, ("finetuned", top1, top5))
-        rows[0] = (rows[0][0] + ", before", *rows[0][1:])
-    result |= {"images": len(test), "seconds": round(time.time() - start, 1)}
+        scores["finetune"] = finetune_protocol(encoder, data, train, images, args)
+    return scores, k
+
+
+def every_seed(encoder, data, test, args):
+    """(accuracies, scores, features, k): {"knn" and the protocol: [(top-1, top-5) of each seed]};
+    the first seed's scores; the features of training and test images, by its labels."""
+    original, accuracies, first = copy.deepcopy(encoder.state_dict()), {}, None
+    queries = features_of(encoder, test, args, data)
+    for seed in range(args.seed, args.seed + args.seeds):
+        encoder.load_state_dict(original)  # fine-tuning changes it
+        now = argparse.Namespace(**vars(args) | {"seed": seed})
+        some = labelled(data.train, args.label_fraction, len(data.classes), seed)
+        part = dataclasses.replace(data, train=some)
+        if first is None or args.label_fraction < 1:
+            train = features_of(encoder, some, args, data)
+        scores, k = measure(encoder, original, part, train, queries, test, now)
+        first = first or (scores, train)
+        for name, value in scores.items():
+            accuracies.setdefault(name, []).append(common.top_accuracies(value, queries.labels))
+    return accuracies, first[0], (first[1], queries), k
+
+
+def untrained(data, test, args):
+    """The accuracies of an untrained encoder of the same kind, by kNN and, where the protocol is
+    linear, by a classifier on cached features."""
+    protocol = "linear" if args.protocol == "linear" else "knn"
+    print(f"an untrained {args.arch}, for comparison")
+    like = {"cached": True, "protocol": protocol, "seeds": 1, "checkpoint": "untrained"}
+    args = argparse.Namespace(**vars(args) | like)
+    encoder = random_encoder(args, data)[0].to(args.device, memory_format=torch.channels_last)
+    return every_seed(encoder.requires_grad_(False), data, test, args)[0]
+
+
+T95 = 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262  # Student's t, 1 to 9 degrees
+
+
+def mean_and_interval(values):
+    """The mean of n values and half the width of its 95 % confidence interval, None for one."""
+    mean, n = statistics.fmean(values), len(values)
+    return mean, T95[n - 2] * statistics.stdev(values) / n**0.5 if n > 1 else None
+
+
+def table(accuracies, plain, k, info, data, args):
+    """(rows, result): rows of the printed table, (name, top-1, top-5, remark), and what they are
+    in the JSON object."""
+    cached, rows, result = ", cached" * args.cached, [], {"knn_k": k}
+    before = ", before" * (args.protocol == "finetune")
+    names = {"knn": f"kNN, k = {k}{before}", "linear": f"linear{cached}", "finetune": "finetuned"}
+    for what, found in accuracies.items():
+        pre = "knn_" if what == "knn" else ""
+        (top1, half), (top5, _) = (mean_and_interval(column) for column in zip(*found, strict=True))
+        result |= {f"{pre}top1": top1, f"{pre}top5": top5}
+        remark = f"top-1 ± {half:.2%} (95 % of {len(found)} seeds)" if half is not None else ""
+        if half is not None:
+            result |= {f"{pre}top1_ci95": half, f"{pre}top1_seeds": [top1 for top1, _ in found]}
+        rows.append((names[what], top1, top5, remark))
+    for what, ((top1, top5),) in plain.items():
+        result["untrained_" + ("knn_" if what == "knn" else "") + "top1"] = top1
+        name = f"kNN, k = {k}" if what == "knn" else "linear, cached"
+        rows.append((f"untrained: {name}", top1, top5, ""))
+    rows.append(("chance", 1 / len(data.classes), min(1, 5 / len(data.classes)), ""))
+    result["published"] = published(info, data.name, args)
+    rows += [(f"published: {method}", *rest) for method, *rest in result["published"]]
+    return rows, result
+
+
+def main():
+    args = arguments()
+    encoder, info, data = the_encoder(args)
+    data, test, kind = the_images(data, args)
+    whole = len(data.train)
+    some = labelled(data.train, args.label_fraction, len(data.classes), args.seed)
+    part = dataclasses.replace(data, train=some)
+    few, file = len(some) < whole, the_file(data, args)
+    if few:
+        print(f"labels of {len(some)} of {whole} training images, {args.label_fraction:g} of each")
+    if args.protocol != "knn":  # before the features, for what is wrong with the batches
+        steps_of(part, args)
+    start = time.time()
+    accuracies, scores, features, k = every_seed(encoder, data, test, args)
+    seconds = round(time.time() - start, 1)
+    plain = untrained(data, test, args) if args.untrained and info["method"] != "untrained" else {}
+    rows, figures = table(accuracies, plain, k, info, data, args)
+    result = {"protocol": args.protocol, "dataset": data.name, "split": kind}
+    result |= {"features": args.features, "cached": args.cached, "seeds": args.seeds}
+    result |= {"label_fraction": args.label_fraction, "labelled_images": len(some), **figures}
+    result |= {"images": len(test), "seconds": seconds}
     result |= {"method": info["method"], "epoch": info["epoch"], **common.describe(args)}
     result |= {key: info[key] for key in ("found", "assumed") if key in info}
 
     epoch = "" if info["epoch"] is None else f", epoch {info['epoch']}"
     what = f"{info['method']}{epoch}, {args.arch}, {args.stem} stem"
+    what += ", projector" * (args.features == "projector")
     print(f"\n{what}: {data.name}, {len(test)} {kind} images of {args.image_size} pixels")
-    print(f"{'':18}{'top-1':>8}{'top-5':>8}")
-    for name, top1, top5 in rows:
-        print(f"{name:18}{top1:8.2%}{top5:8.2%}")
+    width = max(18, *(len(row[0]) for row in rows)) + 1
+    print(f"{'':{width}}{'top-1':>8}{'top-5':>8}")
+    for name, *accuracy, remark in rows:
+        cells = (f"{x:8.2%}" if x is not None else f"{'-':>8}" for x in accuracy)
+        print(f"{name:{width}}{''.join(cells)}{'  ' * bool(remark)}{remark}")
     common.on_first(lambda: common.write_json(result, file))
+    if args.pictures:
+        pictures = draw_pictures(info, part, test, features, scores[args.protocol], args)
+        pictures = list(pictures)
+        common.on_first(lambda: write_pictures(pictures, file.parent))
     print(json.dumps(result))
 
 

@@ -3,20 +3,33 @@ is chosen on the test images, which files it takes for an encoder, and a problem
 """
 
 import argparse
+import contextlib
 import copy
 import functools
+import io
 import json
+import math
 import re
+import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 import torchvision
+from PIL import Image
 from test_scripts import CPU, Payload, call, fail, folder, listing, load, store, succeed, toy
 
 import common
 import linear_eval
+from barlow_twins import BarlowTwins
+from byol import BYOL
+from carl_carp import CARLCARP
 from common import load_file
+from corinfomax import CorInfoMax
+from simclr import SimCLR
+from supcon_tcl import SupConTCL
+from vicreg import VICReg
 
 __all__ = ["folder"]  # a fixture
 PROTOCOLS = {
@@ -26,6 +39,16 @@ PROTOCOLS = {
     "finetune": ["--protocol", "finetune", "--epochs", "2"],
 }
 FROZEN = ["linear", "cached", "knn"]
+PROJECTORS = {
+    "simclr": lambda b: SimCLR(b, 12, 6),
+    "byol": lambda b: BYOL(b, 12, 6),
+    "barlow_twins": lambda b: BarlowTwins(b, 12, 6),
+    "vicreg": lambda b: VICReg(b, 12, 6),
+    "supcon": lambda b: SupConTCL(b, 3, "supcon", 12, 6),
+    "carl": lambda b: CARLCARP(b, 8, None, 12, 6),
+    "corinfomax": lambda b: CorInfoMax(b, 12, 6),
+}
+PUBLIC_METHODS = {*PROJECTORS, "tcl", "tcl_self_supervised", "cross_entropy", "carp"}
 SAME_ANYWHERE = [139, 281, 324, 356, 422]  # of torch's generator, which is the same on all CPUs
 
 
@@ -44,7 +67,7 @@ def argv(folder):
     """Flags for an encoder and a dataset that are all right, in an empty folder."""
     store(encoder_dict(), "encoder.pt")
     store(toy(), "toy.pt")
-    return ["--checkpoint", "encoder.pt", "--dataset", "toy.pt", *CPU]
+    return ["--checkpoint", "encoder.pt", "--dataset", "toy.pt", *CPU, "--no-untrained"]
 
 
 def evaluate(*argv):
@@ -60,7 +83,7 @@ def evaluate(*argv):
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_output(protocol, argv, folder):
     before = listing(folder)
-    table, figures = evaluate(*argv, *PROTOCOLS[protocol])
+    table, figures = evaluate(*argv, *PROTOCOLS[protocol], "--untrained")
     name = protocol.replace("cached", "linear")
     assert (figures["protocol"], figures["dataset"], figures["split"]) == (name, "toy", "test")
     assert (figures["method"], figures["epoch"], figures["images"]) == ("m", 7, 32)
@@ -68,11 +91,14 @@ def test_output(protocol, argv, folder):
     assert measured <= figures.keys() and all(0 <= figures[key] <= 1 for key in measured)
     assert figures["knn_top5"] >= figures["knn_top1"]
     assert protocol == "knn" or figures["top5"] >= figures["top1"]
-    rows = {line.split()[0].strip(","): line.split()[-2:] for line in table[-4:]}
-    assert rows["top-1"] == ["top-1", "top-5"] and rows["chance"] == ["25.00%", "100.00%"]
+    rows = {re.split(r"  |,", line)[0]: line.split()[-2:] for line in table[-6:]}
+    assert rows[""] == ["top-1", "top-5"] and rows["chance"] == ["25.00%", "100.00%"]
     assert rows["kNN"][0] == f"{figures['knn_top1']:.2%}"
     row = {"cached": "linear", "finetune": "finetuned"}.get(protocol, protocol)
     assert protocol == "knn" or rows[row][0] == f"{figures['top1']:.2%}"
+    assert rows["untrained: kNN"][0] == f"{figures['untrained_knn_top1']:.2%}"
+    if name == "linear":
+        assert rows["untrained: linear"][0] == f"{figures['untrained_top1']:.2%}"
     written = folder / f"{name}_{'cached_' if protocol == 'cached' else ''}toy.json"
     assert json.loads(written.read_text()) == figures
     assert listing(folder).keys() - before.keys() == {written}
@@ -188,18 +214,14 @@ def test_one_percent_is_the_same_anywhere():
 
 def test_finetuning_learns(folder):
     """What a linear classifier on this frozen, untrained encoder does not solve so well."""
-    argv = [
-        "--checkpoint",
-        "random",
-        "--stem",
-        "imagenet",
-        "--dataset",
-        "shapes",
-        "--device",
-        "cpu",
-    ]
+    whole = common.load_dataset("shapes")
+    parts = ("train", whole.train.spread(1000)), ("test", whole.test.spread(500))
+    few = {key: {"images": part.images, "labels": part.labels} for key, part in parts}
+    argv = ["--checkpoint", "random", "--stem", "imagenet", "--device", "cpu"]
+    argv += ["--dataset", store(few | {"classes": whole.classes}, "few.pt"), "--crop-min", "0.4"]
+    argv += ["--batch-size", "64"]
     frozen = evaluate(*argv, "--protocol", "linear", "--cached", "--epochs", "10")[1]
-    tuned = evaluate(*argv, "--protocol", "finetune", "--epochs", "4", "--encoder-lr", "0.05")[1]
+    tuned = evaluate(*argv, "--protocol", "finetune", "--epochs", "6", "--encoder-lr", "0.05")[1]
     assert tuned["top1"] > frozen["top1"] + 0.1
 
 
@@ -259,6 +281,371 @@ def test_figures_need_a_test_split(argv, folder):
     store({key: value for key, value in toy().items() if key != "test"}, "toy.pt")
     before = listing(folder)
     assert "no test split" in fail("linear_eval", *argv)
+    assert listing(folder) == before
+
+
+# --------------------------------------------------------------------------------------------------
+# What stands beside the figure: an untrained encoder, other seeds, what the theses print
+
+
+@pytest.mark.parametrize("protocol", ["knn", "cached"])
+def test_the_untrained_encoder_is_what_random_gives(protocol, argv):
+    """With the statistics of the data for the encoder's own, it sees what `random` sees."""
+    data = common.load_dataset("toy.pt")
+    store(encoder_dict(mean=list(data.mean), std=list(data.std)), "encoder.pt")
+    argv = [*argv, *PROTOCOLS[protocol]]
+    table, without = evaluate(*argv)
+    assert "untrained_knn_top1" not in without and "untrained:" not in "\n".join(table)
+    argv[-1 - len(PROTOCOLS[protocol])] = "--untrained"
+    _, figures = evaluate(*argv)
+    argv[argv.index("encoder.pt")] = "random"
+    _, alone = evaluate(*argv, "--stem", "imagenet")
+    assert figures["untrained_knn_top1"] == alone["knn_top1"]
+    assert figures.get("untrained_top1") == alone.get("top1")
+    assert "untrained_knn_top1" not in alone
+
+
+def t_quantile(degrees):
+    """Student's t at 97.5 %, from its density."""
+    t = torch.linspace(0, 200, 2_000_001, dtype=torch.float64)
+    density = (1 + t**2 / degrees) ** (-(degrees + 1) / 2)
+    share = torch.cumulative_trapezoid(density, t)
+    far = (200 / degrees**0.5) ** -degrees / degrees * degrees**0.5  # the tail, t^-(degrees + 1)
+    return float(t[(share < 0.95 * (share[-1] + far)).sum() + 1])
+
+
+def test_the_interval_over_seeds():
+    for n in range(2, 11):
+        values = torch.randn(n, generator=torch.Generator().manual_seed(n)).tolist()
+        mean, half = linear_eval.mean_and_interval(values)
+        column = torch.tensor(values, dtype=torch.float64)
+        assert mean == pytest.approx(float(column.mean()))
+        expected = t_quantile(n - 1) * float(column.std()) / n**0.5
+        assert half == pytest.approx(expected, rel=1e-3)
+    assert linear_eval.mean_and_interval([0.5]) == (0.5, None)
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_seeds_are_runs_of_their_own(protocol, argv, folder):
+    """--seeds 2 at seed 5 has the figures of seed 5 and of seed 6, each alone."""
+    flags = [*argv, *PROTOCOLS[protocol], "--label-fraction", "0.5"]
+    table, figures = evaluate(*flags, "--seed", "5", "--seeds", "2")
+    alone = [evaluate(*flags, "--seed", seed)[1] for seed in ("5", "6")]
+    for key in {"knn_top1", "top1"} & figures.keys():
+        assert figures[f"{key}_seeds"] == [each[key] for each in alone]
+        assert figures[key] == pytest.approx((alone[0][key] + alone[1][key]) / 2)
+        half = figures[f"{key}_ci95"]
+        assert half == pytest.approx(12.706 * abs(alone[0][key] - alone[1][key]) / 2)
+        assert f"top-1 ± {half:.2%} (95 % of 2 seeds)" in "\n".join(table)
+    assert alone[0] != alone[1] and "knn_top1_ci95" not in alone[0]
+
+
+def said(method, dataset, trained_on, **flags):
+    args = argparse.Namespace(protocol="linear", arch="resnet18", label_fraction=1.0)
+    vars(args).update(flags)
+    return linear_eval.published({"method": method, "dataset": trained_on}, dataset, args)
+
+
+def test_published_figures():
+    """The same dataset, architecture, protocol and share of the labels, and a transfer as one."""
+    rows = said("corinfomax", "cifar10", "cifar10")
+    assert [row[:3] for row in rows] == [("corinfomax", 0.9318, 0.9988)] and "S003" in rows[0][3]
+    ((_, top1, top5, setting),) = said("carl", "cifar100", "cifar10")
+    assert (top1, top5) == (0.4347, None) and "transfer" in setting
+    assert said("carl", "cifar10", "stl10") == said("simclr", "toy", "toy") == []
+    assert said("simclr", "cifar10", "cifar10", arch="resnet34") == []
+    few = {"arch": "resnet50", "protocol": "finetune", "label_fraction": 0.01}
+    assert {row[1] for row in said("corinfomax", "imagenet", "imagenet", **few)} == {0.4489}
+    assert [row[1:3] for row in said("carp", "imagenet", None, **few)] == [(None, 0.745)]
+    of_all = {row[0] for row in said("theirs.pth", "cifar10", None)}
+    assert {"simclr", "byol", "carl", "tcl_self_supervised"} <= of_all
+
+
+def test_the_published_table_is_well_formed():
+    for setting, protocol, arch, share, figures in linear_eval.PUBLISHED:
+        assert re.match(r"S00\d", setting) and protocol in linear_eval.PROTOCOLS
+        assert arch in common.ARCHITECTURES and share in (1, 0.1, 0.01)
+        for name, methods in figures.items():
+            assert set(name.split(" to ")) <= set(common.DATASETS)
+            for method, accuracy in methods.items():
+                pair = accuracy if isinstance(accuracy, tuple) else (accuracy, 100)
+                assert method in PUBLIC_METHODS and 20 < (pair[0] or 20.1) <= pair[1] <= 100
+
+
+def test_published_figures_are_printed_with_their_setting(argv):
+    store(toy(), "cifar10.pt")
+    store(encoder_dict(method="corinfomax", dataset="cifar10"), "encoder.pt")
+    argv[argv.index("toy.pt")] = "cifar10.pt"
+    table, figures = evaluate(*argv, *PROTOCOLS["cached"])
+    (row,) = (line for line in table if line.startswith("published: corinfomax"))
+    assert row.split()[2:4] == ["93.18%", "99.88%"] and "1000 epochs" in row
+    assert figures["published"][0][:3] == ["corinfomax", 0.9318, 0.9988]
+
+
+# --------------------------------------------------------------------------------------------------
+# Learning rates and recipes
+
+
+@pytest.fixture
+def rates(monkeypatch):
+    """What the optimisers are given at each step: [(rate, weight decay) of each group]."""
+    seen = []
+
+    class Recorded(torch.optim.SGD):
+        def step(self, *args):
+            seen.append([(group["lr"], group["weight_decay"]) for group in self.param_groups])
+            return super().step(*args)
+
+    monkeypatch.setattr(torch.optim, "SGD", Recorded)
+    return seen
+
+
+RECIPE_RATES = {"s003": (0.2, 0.002, 0), "s004": (0.5, 0.0005, 1e-4)}
+
+
+@pytest.mark.parametrize("recipe", RECIPE_RATES)
+def test_recipes(recipe, argv, rates):
+    """S003 5.2.5: .2 to .002 by cosine, no decay. S004 A.3: from .5, and as in the released code to
+    a thousandth of it with a decay of 1e-4. Both for 100 epochs."""
+    _, figures = evaluate(*argv, "--cached", "--recipe", recipe)
+    first, last, decay = RECIPE_RATES[recipe]
+    assert len(rates) == 100 and rates[0] == [(pytest.approx(first), decay)]
+    assert rates[50] == [(pytest.approx((first + last) / 2), decay)]  # half of a cosine
+    assert last < rates[99][0][0] < last + first * 1e-3
+    assert figures["config"]["standardize"] is False
+
+
+def test_the_recipe_of_fifty_epochs(argv):
+    for protocol in "linear", "finetune":
+        flags = ["--protocol", protocol, "--recipe", "s001"]
+        with mock.patch.object(sys, "argv", ["linear_eval.py", *argv, *flags]):
+            assert linear_eval.arguments().epochs == 50
+
+
+def test_features_are_standardised_unless_told_otherwise(argv, monkeypatch):
+    seen = []
+    original = linear_eval.fit_linear
+
+    def remember(batches, *rest):
+        seen.append(torch.cat([h for h, _ in batches(1)]))
+        return original(batches, *rest)
+
+    monkeypatch.setattr(linear_eval, "fit_linear", remember)
+    flags = [*argv, *PROTOCOLS["cached"], "--batch-size", "64"]
+    for flag in ["--standardize"], [], ["--no-standardize"]:
+        evaluate(*flags, *flag)
+    standard, default, plain = seen
+    assert torch.equal(standard, default)
+    alive = plain.std(0) > plain.std(0).mean() / 50
+    torch.testing.assert_close(standard.mean(0), torch.zeros(512), atol=1e-4, rtol=0)
+    torch.testing.assert_close(standard.std(0)[alive], torch.ones(int(alive.sum())))
+    assert (plain >= 0).all()  # what comes after a ReLU
+
+
+def test_several_rates_do_not_influence_each_other(monkeypatch):
+    args = argparse.Namespace(device="cpu", momentum=0.9, weight_decay=1e-3, epochs=2, lr_floor=0.1)
+    args.batch_size = 8
+    rng = torch.Generator().manual_seed(0)
+    h, y = torch.randn(32, 5, generator=rng), torch.arange(32) % 3
+
+    def batches(epoch):
+        return zip(h.split(8), y.split(8), strict=True)
+
+    def fitted(rates):
+        return linear_eval.fit_linear(batches, 5, 3, 4, rates, args)
+
+    start = torch.nn.Linear(5, 3)
+    monkeypatch.setattr(linear_eval, "new_head", lambda *_: copy.deepcopy(start))
+    together = fitted([0.01, 1.0, math.inf])  # the last is soon not finite
+    for head, rate in zip(together, (0.01, 1.0), strict=False):
+        (alone,) = fitted([rate])
+        torch.testing.assert_close(head.weight, alone.weight)
+        assert (head.weight - start.weight).abs().max() > 1e-3
+    assert not together[2].weight.isfinite().all()
+    with pytest.raises(common.InputError, match="not finite"):
+        fitted([math.inf])
+
+
+def test_a_rate_is_chosen_on_held_out_training_images(argv, folder):
+    """One rate that learns nothing, one that does, one that diverges: the one that does; whatever
+    the test images are; a tenth of each class is held out, and then learnt, too."""
+    data = separable()
+    lines = []
+    for labels in data["test"]["labels"], (data["test"]["labels"] + 1) % 4:
+        store(data | {"test": data["test"] | {"labels": labels}}, "toy.pt")
+        flags = ["--cached", "--epochs", "10", "--batch-size", "16", "--lr", "1e30", "1e-9", "0.1"]
+        table, figures = evaluate(*argv, *flags)
+        lines += [line for line in table if line.startswith("--lr on 8 held-out")]
+        assert figures["top1"] == float(labels is data["test"]["labels"])
+        assert figures["config"]["lr"] == [1e30, 1e-9, 0.1]
+    assert len(lines) == 2 and lines[0] == lines[1] and lines[0].endswith("taken: 0.1")
+    few = fail("linear_eval", *argv, *flags, "--label-fraction", "0.06")
+    assert "4 training images are too few to compare several --lr" in few
+
+
+# --------------------------------------------------------------------------------------------------
+# The projector, transfer, odd datasets
+
+
+def our_checkpoint(model):
+    about = {key: value for key, value in encoder_dict().items() if key != "state_dict"}
+    return {"model": model.state_dict()} | about
+
+
+@pytest.mark.parametrize("name", PROJECTORS)
+def test_features_of_the_projector(name, folder):
+    torch.manual_seed(0)
+    model = PROJECTORS[name](common.resnet("resnet18", "imagenet"))
+    images = torch.rand(4, 3, 16, 16)
+    after = model.projector if hasattr(model, "projector") else model.head
+    for _ in range(3):  # batch-norm statistics that are not trivial
+        after(model.backbone(torch.randn(8, 3, 16, 16)))
+    store(our_checkpoint(model), "checkpoint.pt")
+    both, info = linear_eval.load_encoder("checkpoint.pt", features="projector")
+    model.eval()
+    with torch.no_grad():
+        expected = after(model.backbone(images))
+        torch.testing.assert_close(both(images), expected)
+        encoder, _ = linear_eval.load_encoder("checkpoint.pt")
+        torch.testing.assert_close(encoder(images), model.backbone(images))
+    assert both.num_features == expected.shape[1] == 6
+    assert not both.training and "then the projector" in info["found"]
+
+
+def test_evaluating_the_projector(argv, folder):
+    torch.manual_seed(0)
+    model = PROJECTORS["simclr"](common.resnet("resnet18", "imagenet"))
+    store(our_checkpoint(model), "checkpoint.pt")
+    argv[1] = "checkpoint.pt"
+    table, figures = evaluate(*argv, *PROTOCOLS["cached"], "--features", "projector")
+    assert figures["features"] == "projector" and ", projector:" in "\n".join(table)
+    assert json.loads((folder / "linear_projector_cached_toy.json").read_text()) == figures
+    _, of_encoder = evaluate(*argv, *PROTOCOLS["cached"])
+    assert of_encoder["top1"] != figures["top1"] or of_encoder["knn_top1"] != figures["knn_top1"]
+
+
+def test_no_projector_is_said(argv, folder):
+    flag = ["--features", "projector"]
+    assert "encoder.pt: no projector" in fail("linear_eval", *argv, *flag)
+    network = trained_alike("resnet18", False)
+    theirs = below("backbone.", network.state_dict()) | below("projector.", HEAD)
+    store(theirs, "theirs.pth")
+    assert "no projector" in fail("linear_eval", "--checkpoint", "theirs.pth", *argv[2:], *flag)
+    classifier = PROJECTORS["supcon"](common.resnet("resnet18", "imagenet"))
+    classifier.head = torch.nn.Linear(512, 4)
+    odd = PROJECTORS["simclr"](common.resnet("resnet18", "imagenet"))
+    odd.projector[1] = torch.nn.LayerNorm(12)
+    for model, message in (classifier, "no projector"), (odd, "is none of ours"):
+        store(our_checkpoint(model), "checkpoint.pt")
+        argv[1] = "checkpoint.pt"
+        assert message in fail("linear_eval", *argv, *flag)
+    random = ["--checkpoint", "random", *argv[2:]]
+    assert "needs a checkpoint.pt" in fail("linear_eval", *random, *flag)
+    assert "not for finetune" in fail("linear_eval", *argv, *flag, "--protocol", "finetune")
+
+
+def test_images_of_another_size_are_brought_to_the_encoders(argv):
+    """Of 24 pixels, more than the encoder's 16, the central 21 (7/8) are resized; of 8, all."""
+    for size, cut in (24, "21x21"), (8, "8x8"), (16, None):
+        store(toy(size=size), "toy.pt")
+        data = common.load_dataset("toy.pt")
+        table, _ = evaluate(*argv, *PROTOCOLS["knn"])
+        expected = f"toy: {size}x{size} pixels, of which the central {cut} are resized to the 16"
+        assert any(line.startswith(expected) for line in table) == (cut is not None), data.size
+
+
+def test_transfer_keeps_the_encoders_statistics(argv):
+    """Images that are brighter by a constant are not brought back to the encoder's mean."""
+    data = toy()
+    data |= {key: data[key] | {"images": data[key]["images"] // 2} for key in ("train", "test")}
+    brighter = {k: data[k] | {"images": data[k]["images"] + 100} for k in ("train", "test")}
+    found = []
+    for some in data, data | brighter:
+        store(some, "toy.pt")
+        encoder, info = linear_eval.load_encoder("encoder.pt")
+        args = common.parse_args(linear_eval.parser(), {}, argv=argv)
+        common.resolve_hardware(args)
+        with contextlib.redirect_stdout(io.StringIO()):
+            found.append(linear_eval.the_encoder(args)[2])
+    assert found[0].mean == found[1].mean == [0.5] * 3
+    assert not torch.equal(found[0].train.images, found[1].train.images)
+
+
+def test_a_class_without_images(argv):
+    data = toy()
+    labels = torch.where(data["train"]["labels"] == 2, 1, data["train"]["labels"])
+    store(data | {"train": data["train"] | {"labels": labels}}, "toy.pt")
+    line = fail("linear_eval", *argv, *PROTOCOLS["knn"])
+    assert "toy: 1 of 4 classes have no training image" in line and line.endswith(": c\n")
+    labels = data["test"]["labels"].clamp(max=1)
+    store(data | {"test": data["test"] | {"labels": labels}}, "toy.pt")
+    table, _ = evaluate(*argv, *PROTOCOLS["knn"])
+    assert "toy: 2 of 4 classes have no test image: c, d" in table
+
+
+def test_labels_out_of_range(argv):
+    data = toy()
+    store(data | {"test": data["test"] | {"labels": data["test"]["labels"] + 1}}, "toy.pt")
+    assert "test labels run from 1 to 4, but there are 4 classes" in fail("linear_eval", *argv)
+
+
+# --------------------------------------------------------------------------------------------------
+# Pictures (test_pictures.py has what is in them)
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_pictures(protocol, argv, folder, monkeypatch):
+    """Four whole pictures; the matrix counts what the figure counts; a run's projections come from
+    its checkpoint.pt, if that has the same encoder."""
+    given = {}
+
+    def remember(original, what, *rest):
+        given[original.__name__] = what
+        return original(what, *rest)
+
+    for name in "spectrum_picture", "confusion_picture":
+        original = getattr(linear_eval, name)
+        monkeypatch.setattr(linear_eval, name, functools.partial(remember, original))
+    torch.manual_seed(0)
+    model = PROJECTORS["simclr"](common.resnet("resnet18", "imagenet"))
+    store(our_checkpoint(model), "checkpoint.pt")
+    store(encoder_dict(state_dict=model.backbone.state_dict()), "encoder.pt")
+    Path("other").mkdir()
+    store(encoder_dict(), "other/encoder.pt")
+    store(our_checkpoint(model), "other/checkpoint.pt")
+    flags = [*argv, *PROTOCOLS[protocol], "--pictures", "--compare", "other/encoder.pt"]
+    _, figures = evaluate(*flags)
+    for name in "neighbors", "map", "spectrum", "confusion":
+        with Image.open(f"{name}.png") as picture:
+            picture.load()
+            assert min(picture.size) > 300
+    counts = given["confusion_picture"]
+    assert counts.sum() == 32 and counts.sum(1).tolist() == [8] * 4
+    top1 = figures["knn_top1" if protocol == "knn" else "top1"]
+    assert counts.diag().sum() / 32 == pytest.approx(top1)
+    panels = given["spectrum_picture"]
+    names = [[label.split(",")[0] for label, _ in lines] for lines in panels.values()]
+    assert names == [["untrained resnet18", "m", "m"], ["m"]]  # the other has another encoder
+    assert [len(values) for _, values in panels["representations"]] == [512] * 3
+    ((_, values),) = panels["projections"]
+    images = common.load_dataset("toy.pt").test.images
+    x = common.evaluation_view(images, 16, [0.5] * 3, [0.25] * 3)
+    model.eval()
+    with torch.no_grad():
+        expected = torch.linalg.eigvalsh(model.projector(model.backbone(x)).T.double().cov())
+    torch.testing.assert_close(values, expected, rtol=1e-3, atol=1e-9)
+
+
+def test_pictures_of_what_is_not_there(argv, folder, monkeypatch):
+    before = listing(folder)
+    monkeypatch.setitem(sys.modules, "sklearn.manifold", None)
+    for flags, message in {
+        "--pictures --map tsne": "scikit-learn",
+        "--map tsne": "--map is for --pictures",
+        "--compare encoder.pt": "--compare is for --pictures",
+        "--pictures --compare nowhere.pt": "nowhere.pt: no such file",
+    }.items():
+        assert message in fail("linear_eval", *argv, *PROTOCOLS["knn"], *flags.split())
     assert listing(folder) == before
 
 
@@ -562,6 +949,11 @@ BAD_FLAGS = {
     "--label-fraction 0": "--label-fraction",
     "--protocol finetune --batch-size 1": "in batches of 1 are too few",
     "--cached --protocol knn": "--cached is for --protocol linear",
+    "--recipe s004 --protocol finetune": "--recipe s004 is for --protocol linear",
+    "--lr 0.1 0.2 --protocol finetune": "several --lr are for --protocol linear",
+    "--recipe s005": "--recipe",
+    "--seeds 0": "--seeds",
+    "--lr 0.1 -1": "--lr",
     "--validation-fraction 1": "--validation-fraction",
     "--validation-fraction 0.01": "--validation-fraction",
     "--validation-fraction 2": "--validation-fraction",

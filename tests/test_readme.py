@@ -1,6 +1,7 @@
 """README.md and the docstrings against the code: every command parses with the parser of its
 script, every file and folder named is there, and every flag that a script declares is read."""
 
+import argparse
 import ast
 import functools
 import importlib.util
@@ -181,9 +182,15 @@ def test_presets_set_what_the_flags_take(path):
         assert name == "default" or len(variant) <= 1 and set(variant) <= variants_of(path), name
         for key, value in preset.items():
             assert key in actions, f"preset {name} sets {key}, which is no flag"
-            convert, choices = actions[key].type or type(value), actions[key].choices
-            assert convert(str(value)) == value, f"preset {name}: {key} {value!r}"
-            assert choices is None or value in choices, f"preset {name}: {key} {value!r}"
+            action, several = actions[key], isinstance(value, list)
+            assert several == (actions[key].nargs == "+"), f"preset {name}: {key} {value!r}"
+            if isinstance(value, bool):
+                assert isinstance(action, argparse.BooleanOptionalAction) or action.const is True
+                continue
+            for one in value if several else [value]:
+                convert = action.type or type(one)
+                assert convert(str(one)) == one, f"preset {name}: {key} {value!r}"
+                assert action.choices is None or one in action.choices, f"preset {name}: {key}"
 
 
 def test_every_flag_has_help():
