@@ -769,6 +769,13 @@ def load_folder(root: Path, choice=None) -> Dataset:
     endings, found = set(Image.registered_extensions()), {}
     for key, folder in ("train", "train"), ("test", "val"), ("test", "test"):
         if (root / folder).is_dir():
+            inside = {some.name for some in (root / folder).iterdir() if some.is_dir()}
+            if key in found and not inside:  # as ImageNet's, whose test images have no labels
+                print(f"note: {root / folder} has no folders of classes: {root / 'val'} is taken")
+                continue
+            more = sorted(inside - set(classes)) if choice is None else []
+            extra = f"{len(more)} classes that {root / 'train'} has not: {', '.join(more[:3])}"
+            check(not more, f"{root / folder} has {extra}")
             files = [sorted((root / folder / name).glob("*")) for name in classes]
             files = [[file for file in some if file.suffix.lower() in endings] for some in files]
             check(any(files), f"{root / folder}: no images in folders named as the classes")

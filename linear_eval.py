@@ -3,24 +3,28 @@
 
 linear   The encoder stays frozen, in eval mode: its parameters and its batch-norm statistics are
          compared bit for bit before and after. A linear layer is trained on its output with SGD,
-         momentum .9, cosine from lr .2 to .002, no weight decay, batches of 256, 100 epochs, random
-         resized crops and flips (S003 5.2.5 and B.1.2). Unlike there, features are standardised.
-         With --cached they are computed once, without augmentation: minutes, not hours, on a CPU.
-         On shapes, 20 epochs and crops of at least .4 of the area.
+         momentum .9, no weight decay, batches of 256, 100 epochs, random resized crops and flips
+         (S003 5.2.5 and B.1.2), cosine from lr .02 to .0002. Unlike there, features are
+         standardised, and S003's .2 is too much for them: on held-out training images of CIFAR-10
+         (--cached, an encoder of two epochs) .01 gave 48.4 %, .02 and .05 48.3, .2 48.0.
+         With --cached features are computed once, without augmentation: minutes, not hours, on a
+         CPU. On shapes, 20 epochs and crops of at least .4 of the area.
 knn      Weighted nearest neighbours by cosine (Wu et al. 2018); the others report them as well.
 finetune Encoder and classifier are trained together, 20 epochs, the encoder with a rate of its own,
          --encoder-lr .005, in steps (S003 B.2.5, whose rates 20 and 30 of the classifier are for
-         features that are not standardised; here .2). --epochs 50 as in S001 5.8.
+         features that are not standardised; here .2).
 
 With --label-fraction .01 or .1 all of them use the labels of that share of each class alone; with
 --seeds 3 all is repeated (classifier, order, crops, which labels, not the encoder's training), for
 a confidence interval. Several --lr are compared on a tenth of the training images, held out.
 
---recipe s003  linear as published: the above without standardised features
-         s004  linear (S004 A.3; released code): lr .5 to .0005, weight decay 1e-4, 100 epochs (A.1,
-               with labels: --epochs 50), not standardised. Crops and flips stay as above: A.3 does
-               not say, and with labels it is AutoAugment
-         s001  50 epochs, for finetune and for transfer (S001 tables 5.2 and 5.3; it gives no rates)
+--recipe s003  linear: lr .2 to .002, features not standardised (not for ImageNet-1K, where S003 has
+               lr 25 in steps)
+         s004  linear: lr .5, 100 epochs (S004 A.3), not standardised; weight decay 1e-4 and the
+               last rate, a thousandth, from A.1 and the released code. A.3 says nothing of crops:
+               as above. (With labels, A.1, they are AutoAugment's: not here.)
+         s001  50 epochs, for linear on another dataset and for finetune (S001 5.7.2 to 5.7.4; it
+               gives no rates)
 
 Another --dataset than the encoder's is transfer: images are brought to the encoder's size and
 normalised with its statistics, as in its training (InfoCL takes the new dataset's).
@@ -63,7 +67,7 @@ FEATURES, MAPS = ("encoder", "projector"), ("pca", "tsne")
 PRESETS = {
     "default": {"epochs": 100, "crop_min": 0.08},
     "shapes": {"epochs": 20, "crop_min": 0.4},
-    "finetune": {"epochs": 20, "batch_size": 256},  # S003 B.2.5
+    "finetune": {"epochs": 20, "batch_size": 256, "lr": [0.2]},  # S003 B.2.5
     "s001": {"epochs": 50},
     "s003": {"epochs": 100, "lr": [0.2], "lr_floor": 0.01, "standardize": False},
     "s004": {"epochs": 100, "lr": [0.5], "lr_floor": 1e-3, "weight_decay": 1e-4}
@@ -234,8 +238,8 @@ def load_encoder(path, **overrides):
     It is found by names and shapes, below any prefix, among heads and wrappers, in torchvision's
     naming, with `shortcut` for `downsample`, or by the indices of an nn.Sequential. Every tensor of
     it has to be there. overrides: arch, stem (have to agree with the weights), image_size, mean,
-    std; key, a part of the prefix where there are several; features, "projector" for what our
-    checkpoint.pt has after the encoder, too: then F is the width of the projections.
+    std; key, a part of the prefix where there are several; features="projector" for an
+    nn.Sequential of encoder and projector, from a checkpoint.pt of ours: F is then its width.
 
     Returns (encoder, info): a ResNet from [B, 3, S, S] to [B, F], and a dict with arch, stem,
     image_size, mean, std, method, dataset, epoch; "found", a line that says what was taken and what
@@ -245,15 +249,13 @@ def load_encoder(path, **overrides):
     saved = common.load_file(path)
     tensors = tensors_in(saved)
     chosen = choose(list(candidates_in(tensors)), path, overrides)
-    projector = overrides.get("features") == "projector"
-    overrides = {k: v for k, v in overrides.items() if v is not None}
-    overrides = {k: v for k, v in overrides.items() if k not in ("key", "features")}
+    given = {k: overrides[k] for k in ABOUT if overrides.get(k) is not None}
     ours = isinstance(saved, dict) and all(name in saved for name in ABOUT)
-    info = {name: saved[name] for name in ABOUT} | overrides if ours else overrides
+    info = {name: saved[name] for name in ABOUT} | given if ours else given
     for name in "arch", "stem":
         value = getattr(chosen, name)
-        given = info.get(name, value)
-        check(given == value, f"{path}: {name} is {value} by its weights, not {given!r}: --{name}")
+        said = info.get(name, value)
+        check(said == value, f"{path}: {name} is {value} by its weights, not {said!r}: --{name}")
         info[name] = value
     default = {"image_size": 32 if chosen.stem == "small" else 224}
     default |= {"mean": common.IMAGENET_MEAN, "std": common.IMAGENET_STD}
@@ -274,9 +276,14 @@ def load_encoder(path, **overrides):
     }
     info |= known if ours else known | {"method": Path(path).name, "dataset": None}
     info["found"] = describe_choice(chosen, tensors)
-    if not projector:
-        return chosen.encoder(), info
-    layers = projector_beside(chosen, tensors, path) if ours else None
+    if overrides.get("features") == "projector":
+        return with_projector(chosen, tensors if ours else {}, path, info)
+    return chosen.encoder(), info
+
+
+def with_projector(chosen, tensors, path, info):
+    """load_encoder's answer for the encoder and the projector after it."""
+    layers = projector_beside(chosen, tensors, path)
     check(layers, f"{path}: no projector; --features projector takes a checkpoint.pt of ours")
     info["found"] += f"; then the projector, {len(layers)} layers"
     model = nn.Sequential(collections.OrderedDict(encoder=chosen.encoder(), projector=layers))
@@ -364,14 +371,14 @@ def labelled(split, fraction, num_classes, seed):
     return split.take(mask.nonzero()[:, 0])
 
 
-def all_there(data):
+def all_there(data, kind):
     """InputError where a class has no training image; a line where it has no test image."""
-    for name, split in ("training", data.train), ("test", data.test):
-        count = split.labels.bincount(minlength=len(data.classes)) if split else torch.ones(1)
+    for name, split in ("training", data.train), (kind, data.test):
+        count = split.labels.bincount(minlength=len(data.classes))
         missing = [data.classes[i] for i in (count == 0).nonzero()[:, 0].tolist()]
         some = ", ".join(map(str, missing[:3])) + ", ..." * (len(missing) > 3)
         text = f"{data.name}: {len(missing)} of {len(data.classes)} classes have no {name} image"
-        check(name == "test" or not missing, f"{text}, so nothing can tell them: {some}")
+        check(name == kind or not missing, f"{text}, so nothing can tell them: {some}")
         if missing:
             print(f"{text}: {some}")
 
@@ -416,7 +423,8 @@ def steps_of(data, args):
     check(args.batch_size % processes == 0, uneven)
     least = 2 * processes if args.protocol == "finetune" else processes  # for its batch norm
     few = f"{most} training images in batches of {args.batch_size} are too few for --protocol"
-    check(min(most, args.batch_size) >= least, f"{few} {args.protocol} in {processes} processes")
+    several = f" in {processes} processes" if processes > 1 else ""
+    check(min(most, args.batch_size) >= least, f"{few} {args.protocol}{several}")
     share = max(most // 8, least) if args.label_fraction < 1 else most
     if args.batch_size > share:
         print(f"{most} training images: batches of {share - share % processes}")
@@ -478,8 +486,8 @@ def linear_classifiers(encoder, data, train, rates, args):
     return [lambda h, head=head: head((h - mean) / std) for head in heads]
 
 
-def best_rate(encoder, data, train, args):
-    """The --lr that is best on a tenth of the training images, held out; of equals the lowest."""
+def compared_rates(encoder, data, train, args):
+    """{rate: accuracy} of each --lr on a tenth of the training images, held out."""
     mask = drawn(data.train, 0.1, len(data.classes), args.seed, "learning rate")
     rest, held = (~mask).nonzero()[:, 0], mask.nonzero()[:, 0]
     check(len(held), f"{len(mask)} training images are too few to compare several --lr")
@@ -491,18 +499,24 @@ def best_rate(encoder, data, train, args):
             scores = classifier(held.images)
             accuracy, _ = common.top_accuracies(scores, held.labels)
             found[rate] = accuracy if scores.isfinite().all() else 0.0
-    best = max(found, key=found.get)
     text = ", ".join(f"{rate:g} {accuracy:.2%}" for rate, accuracy in found.items())
-    print(f"--lr on {len(held)} held-out training images: {text}; taken: {best:g}")
-    return best
+    print(f"--lr on {len(held)} held-out training images: {text}; taken: {best(found):g}")
+    return found
+
+
+def best(accuracies):
+    """Of {rate: accuracy} the best rate, of equals the lowest."""
+    return min(accuracies, key=lambda rate: (-accuracies[rate], rate))
 
 
 def linear_protocol(encoder, data, train, test, args):
-    """Scores of a linear classifier on the frozen encoder. train, test: features."""
-    rate = best_rate(encoder, data, train, args) if len(args.lr) > 1 else args.lr[0]
+    """Scores of a linear classifier on the frozen encoder, its rate, and {rate: accuracy} of those
+    that --lr has it chosen from. train, test: features."""
+    found = compared_rates(encoder, data, train, args) if len(args.lr) > 1 else {}
+    rate = best(found) if found else args.lr[0]
     (classifier,) = linear_classifiers(encoder, data, train, [rate], args)
     with torch.no_grad():
-        return classifier(test.images)
+        return classifier(test.images), rate, found
 
 
 class Classifier(nn.Module):
@@ -556,13 +570,80 @@ def finetune_protocol(encoder, data, train, test, args):
         return head(model.norm(common.encode(encoder, test, args, data)))
 
 
-# --------------------------------------------------------------------------------------------------
-# What the theses print: (source and setting, protocol, architecture, share of the labels, and by
-# dataset and method the accuracy in %: top-1 or (top-1, top-5), None where there is none). "a to b"
-# is trained on a and evaluated on b. S000's BYOL is left out: it is accuracy on training batches.
+def measure(encoder, original, data, train, test, images, args):
+    """{"knn" and the protocol: scores [N, C] of the test images}, and k and the rates taken, for
+    one seed. The encoder is frozen, and compared with its original state; fine-tuning, which
+    changes it, comes last. train, test: features; images: those of test."""
+    classes = len(data.classes)
+    torch.manual_seed(args.seed)
+    finite = train.images.isfinite().all() and test.images.isfinite().all()
+    check(finite, f"{args.checkpoint}: its features are not finite")
+    votes, k = common.knn_votes(train.spread(args.knn_bank), test, classes, args)
+    scores, how = {"knn": votes}, {"knn_k": k}
+    if args.protocol == "linear":
+        scores["linear"], rate, found = linear_protocol(encoder, data, train, test, args)
+        how |= {"lr": rate, **({"lr_validation": found} if found else {})}
+    if not all(torch.equal(v, original[key]) for key, v in encoder.state_dict().items()):
+        raise RuntimeError("the encoder changed while it was evaluated")
+    if args.protocol == "finetune":
+        scores["finetune"] = finetune_protocol(encoder, data, train, images, args)
+    return scores, how
 
-SOLO = "S003 table B.2, 1000 epochs (IN-100: 400); all but CorInfoMax are solo-learn's"
-TUNED = "S004 table 5.1, 100 + 50 epochs, ResNet-50 (IN-100: ResNet-18), labels used"
+
+@dataclasses.dataclass
+class Measured:
+    """accuracies: {"knn" and the protocol: [(top-1, top-5) of each seed]}. how: k and the rates of
+    each seed. scores, train, test: of the first seed, the last two features."""
+
+    accuracies: dict
+    how: list
+    scores: dict
+    train: common.Split
+    test: common.Split
+
+
+def every_seed(encoder, data, test, args):
+    """What each of the seeds measures on the images `test`."""
+    original, found = copy.deepcopy(encoder.state_dict()), None
+    queries, few = features_of(encoder, test, args, data), args.label_fraction < 1
+    for seed in range(args.seed, args.seed + args.seeds):
+        encoder.load_state_dict(original)  # fine-tuning changes it
+        now = argparse.Namespace(**vars(args) | {"seed": seed})
+        some = labelled(data.train, args.label_fraction, len(data.classes), seed)
+        part = dataclasses.replace(data, train=some)
+        train = features_of(encoder, some, args, data) if few or not found else found.train
+        scores, how = measure(encoder, original, part, train, queries, test, now)
+        found = found or Measured({name: [] for name in scores}, [], scores, train, queries)
+        found.how.append(how)
+        for name, value in scores.items():
+            top1, top5 = common.top_accuracies(value, queries.labels)
+            voters = how["knn_k"] if name == "knn" else math.inf
+            top5 = top5 if voters >= min(5, len(data.classes)) else None  # k vote for k at most
+            if name != "knn" or few or not found.accuracies[name]:  # the same for every seed
+                found.accuracies[name].append((top1, top5))
+    return found
+
+
+def untrained(data, test, args):
+    """The accuracies of an untrained encoder of the same kind by the same protocol, the linear
+    classifier on cached features."""
+    print(f"an untrained {args.arch}, for comparison")
+    like = {"cached": args.protocol == "linear", "seeds": 1, "checkpoint": "untrained"}
+    args = argparse.Namespace(**vars(args) | like)
+    encoder = random_encoder(args, data)[0].to(args.device, memory_format=torch.channels_last)
+    return every_seed(encoder.requires_grad_(False), data, test, args).accuracies
+
+
+# --------------------------------------------------------------------------------------------------
+# What stands beside a figure. What the theses print: (source and setting, protocol, architecture,
+# share of the labels, and by dataset and method the accuracy in %: top-1 or (top-1, top-5), None
+# where there is none). "a to b" is trained on a and evaluated on b. Left out: S000's BYOL, which is
+# accuracy on training batches; S001's 100 epochs on small images; S004's 250 epochs (table A.1).
+
+SOLO = "S003 table B.2, 1000 epochs (IN-100: 400); but for CorInfoMax solo-learn's, on CIFAR of a "
+SOLO += "classifier trained meanwhile"
+VARIOUS = "S003 table 5.1, from various sources"
+TUNED = "S004 table 5.1, 150 epochs with labels"
 # fmt: off
 PUBLISHED = [
     (SOLO, "linear", "resnet18", 1, {
@@ -572,12 +653,16 @@ PUBLISHED = [
                      "barlow_twins": (70.90, 91.91), "corinfomax": (71.61, 92.40)},
         "imagenet100": {"simclr": (77.48, 94.02), "byol": (80.32, 94.94), "vicreg": (79.40, 95.06),
                         "barlow_twins": (80.38, 95.28), "corinfomax": (80.48, 95.46)}}),
-    ("S003 table 5.1, 800 epochs (IN-100: 200, IN-1k: 100), others from various sources",
-     "linear", "resnet50", 1, {
-        "tiny_imagenet": {"simclr": 48.12, "corinfomax": 54.86},
-        "imagenet100": {"byol": 78.76, "corinfomax": 82.64},
-        "imagenet": {"simclr": 66.5, "byol": 69.3, "barlow_twins": 68.7, "vicreg": 68.6,
-                     "corinfomax": 69.08}}),
+    (f"{VARIOUS}, the largest of each", "linear", "resnet18", 1,
+     {"cifar10": {"simclr": 91.80}, "cifar100": {"simclr": 66.83},
+      "imagenet100": {"simclr": 77.04}}),
+    (f"{VARIOUS}; CorInfoMax 800 epochs; stem as for ImageNet", "linear", "resnet50", 1,
+     {"tiny_imagenet": {"simclr": 48.12, "corinfomax": 54.86}}),
+    (f"{VARIOUS}; CorInfoMax 200 epochs", "linear", "resnet50", 1,
+     {"imagenet100": {"byol": 78.76, "corinfomax": 82.64}}),
+    (f"{VARIOUS}; CorInfoMax 100 epochs", "linear", "resnet50", 1,
+     {"imagenet": {"simclr": 66.5, "byol": 69.3, "barlow_twins": 68.7, "vicreg": 68.6,
+                   "corinfomax": 69.08}}),
     ("S003 table 5.2, 100 epochs", "finetune", "resnet50", 0.01,
      {"imagenet": {"vicreg": 44.75, "corinfomax": 44.89}}),
     ("S003 table 5.2, 100 epochs", "finetune", "resnet50", 0.1,
@@ -588,6 +673,8 @@ PUBLISHED = [
         "fashion_mnist": {"cross_entropy": 94.5, "supcon": 95.5, "tcl": 95.7}}),
     (TUNED, "linear", "resnet18", 1,
      {"imagenet100": {"cross_entropy": 84.2, "supcon": 85.9, "tcl": 86.7}}),
+    ("S004 table 5.2, with labels, batch 128", "linear", "resnet18", 1,
+     {"cifar10": {"tcl": 95.8}, "cifar100": {"tcl": 77.5}}),
     ("S004 table 5.2, 1000 epochs (IN-100: 400)", "linear", "resnet18", 1,
      {"cifar10": {"tcl_self_supervised": 91.8}, "cifar100": {"tcl_self_supervised": 67.2},
       "imagenet100": {"tcl_self_supervised": 78.4}}),
@@ -607,29 +694,83 @@ PUBLISHED = [
      {"stl10": {"simclr": 86.97, "byol": 85.72, "carl": 88.15}}),
     ("S001 table 6.1, 200 epochs", "linear", "resnet50", 1,
      {"imagenet": {"simclr": 61.9, "carl": (65.7, 86.7), "carp": (68.6, 88.5)}}),
+    ("S001 table 6.1, 300 epochs", "linear", "resnet50", 1, {"imagenet": {"carp": (70.1, 89.4)}}),
+    ("S001 table 6.1, 1000 epochs, batch 4096", "linear", "resnet50", 1,
+     {"imagenet": {"simclr": (69.3, 89.0), "byol": 74.3}}),
     ("S001 table 6.2, 200 epochs", "finetune", "resnet50", 0.01,
      {"imagenet": {"simclr": (None, 56.5), "carl": (None, 72.6), "carp": (None, 74.5)}}),
     ("S001 table 6.2, 200 epochs", "finetune", "resnet50", 0.1,
      {"imagenet": {"simclr": (None, 82.7), "carl": (None, 83.9), "carp": (None, 85.3)}}),
+    ("S001 table 6.2, 1000 epochs (CARP: 300)", "finetune", "resnet50", 0.01,
+     {"imagenet": {"simclr": (None, 75.5), "byol": (None, 78.4), "barlow_twins": (None, 79.2),
+                   "carp": (None, 77.1)}}),
+    ("S001 table 6.2, 1000 epochs (CARP: 300)", "finetune", "resnet50", 0.1,
+     {"imagenet": {"simclr": (None, 87.8), "byol": (None, 89.0), "barlow_twins": (None, 89.3),
+                   "carp": (None, 86.7)}}),
     ("S002, 30 epochs (with RC 77.31, with LBE 76.74)", "linear", "resnet18", 1,
      {"cifar10": {"simclr": 76.91}}),
-    ("S000 table 4, 100 epochs, classifier trained meanwhile", "linear", "resnet18", 1,
-     {"cifar10": {"simclr": (84.1, 99.5)}}),
+    ("S000 table 8, 100 epochs, best of 9, classifier trained meanwhile", "linear", "resnet18", 1,
+     {"cifar10": {"simclr": (84.6, 99.4)}}),
+    ("S000 table 8, 100 epochs, best, classifier trained meanwhile", "linear", "resnet50", 1,
+     {"cifar10": {"simclr": (86.2, 99.7)}}),
 ]
 # fmt: on
 
 
 def published(info, name, args):
-    """[(method, top-1, top-5, setting)], as fractions, for the dataset, architecture and protocol:
-    the same method's, or every method's where this is none that the theses have."""
-    trained_on, found = info["dataset"] or name, []
-    key = name if trained_on == name else f"{trained_on} to {name}"
+    """[(method, top-1, top-5, setting)], as fractions, for the dataset, architecture, protocol and
+    share of the labels: this method's, or every method's where the theses have no such method."""
+    key = name if info["dataset"] in (None, name) else f"{info['dataset']} to {name}"
+    unknown, found, methods = "" if info["dataset"] else f"trained on {name}; ", [], set()
     for setting, protocol, arch, share, figures in PUBLISHED:
+        methods |= {method for some in figures.values() for method in some}
         if (protocol, arch, share) == (args.protocol, args.arch, args.label_fraction):
             for method, accuracy in figures.get(key, {}).items():
                 pair = accuracy if isinstance(accuracy, tuple) else (accuracy, None)
-                found.append((method, *(x and round(x / 100, 4) for x in pair), setting))
-    return [row for row in found if row[0] == info["method"]] or found
+                figure = (x and round(x / 100, 4) for x in pair)
+                found.append((method, *figure, unknown + setting))
+    known = info["method"] in methods
+    return [row for row in found if row[0] == info["method"] or not known]
+
+
+T95 = 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262  # Student's t, 1 to 9 degrees
+
+
+def mean_and_interval(values):
+    """The mean of n values and half the width of its 95 % confidence interval, None for one."""
+    if None in values:
+        return None, None
+    mean, n = statistics.fmean(values), len(values)
+    return mean, T95[n - 2] * statistics.stdev(values) / n**0.5 if n > 1 else None
+
+
+def table(measured, plain, info, data, args):
+    """(rows, result): rows of the printed table, (name, top-1, top-5, remark), and what they are
+    in the JSON object. plain: the accuracies of an untrained encoder."""
+    k, rows, result = measured.how[0]["knn_k"], [], {}
+    before = ", before" * (args.protocol == "finetune")
+    names = {"knn": f"kNN, k = {k}{before}", "finetune": "finetuned"}
+    names["linear"] = "linear, cached" if args.cached else "linear"
+    for what, found in measured.accuracies.items():
+        pre = "knn_" if what == "knn" else ""
+        (top1, half), (top5, _) = (mean_and_interval(column) for column in zip(*found, strict=True))
+        result |= {f"{pre}top1": top1, f"{pre}top5": top5}
+        remark = ""
+        if half is not None:
+            result |= {f"{pre}top1_ci95": half, f"{pre}top1_seeds": [top1 for top1, _ in found]}
+            remark = f"top-1 ± {half:.2%} (95 %; {len(found)} evaluations of one encoder)"
+        rows.append((names[what], top1, top5, remark))
+    result |= measured.how[0] if args.seeds == 1 else {"knn_k": k, "each_seed": measured.how}
+    whose = "untrained encoder" if args.features == "projector" else "untrained"
+    names |= {"linear": "linear, cached"}
+    for what, ((top1, top5),) in plain.items():
+        result["untrained_" + ("knn_" if what == "knn" else "") + "top1"] = top1
+        rows.append((f"{whose}: {names[what]}", top1, top5, ""))
+    rows.append(("chance", 1 / len(data.classes), min(1, 5 / len(data.classes)), ""))
+    plainly = args.features == "encoder" and args.validation_fraction == 0
+    result["published"] = published(info, data.name, args) if plainly else []
+    rows += [(f"published: {method}", *rest) for method, *rest in result["published"]]
+    return rows, result
 
 
 # --------------------------------------------------------------------------------------------------
@@ -793,7 +934,8 @@ def tsne_of_sklearn():
 
 
 def tsne(features, seed):
-    """t-SNE's coordinates float32 [N, 2] of features [N, F], with the settings of S003 5.6."""
+    """t-SNE's coordinates float32 [N, 2] of features [N, F]; perplexity, exaggeration and random
+    start as in S003 5.6 (its three dimensions are two here, its rate of 208 scikit-learn's own)."""
     check(len(features) > 3, f"--map tsne: {len(features)} images are too few")
     settings = {"perplexity": min(50, (len(features) - 1) / 3), "early_exaggeration": 12}
     points = tsne_of_sklearn()(**settings, init="random", random_state=seed)
@@ -863,10 +1005,11 @@ def effective_dimension(shares):
 
 
 def spectrum_panel(name, lines, bottom, top):
-    """A diagram of lines, [(label, shares [F])], over a log axis from 10^bottom to 10^top."""
+    """A diagram of lines, [(number, label, shares [F])], over a log axis from 10^bottom to 10^top.
+    The number tells colour and dashes."""
     left, up, wide, high = 76, 36, 520, 340
     body = Image.new("RGB", (left + wide + 12, up + high + 76 + 24 * len(lines)), "white")
-    draw, ranks = ImageDraw.Draw(body), max(len(shares) for _, shares in lines)
+    draw, ranks = ImageDraw.Draw(body), max(len(shares) for *_, shares in lines)
     write(body, left + wide // 2, 0, name, 18, 0.5, wide)
     write(body, left + wide // 2, up + high + 34, "rank of the eigenvalue, largest first", 16, 0.5)
     write(body, 0, up + high // 2, "share of the whole variance", 16, 0.5, upright=True)
@@ -880,11 +1023,12 @@ def spectrum_panel(name, lines, bottom, top):
         draw.line([(left, y), (left + wide, y)], PALE)
         write(body, left - 26, y - 8, "10", align=1)
         write(body, left - 25, y - 14, str(decade), 12)
-    for i, (label, shares) in enumerate(lines):
-        color, dash, y = COLORS[i % 9], DASHES[i % 4], up + high + 70 + 24 * i
+    for i, (number, label, shares) in enumerate(lines):
+        color, dash, y = COLORS[number % 9], DASHES[number % 4], up + high + 70 + 24 * i
         dashed(draw, [(left, y + 8), (left + 60, y + 8)], dash, color, 2)
-        text = f"effective dimension {effective_dimension(shares):.1f} of {len(shares)}: {label}"
-        write(body, left + 70, y, text, width=wide - 70)
+        text = f": effective dimension {effective_dimension(shares):.1f} of {len(shares)}"
+        room = wide - 70 - font(14).getlength(text)
+        write(body, left + 70, y, shortened(label, room) + text)
         x = left + torch.arange(len(shares)) / max(1, ranks - 1) * wide
         y = up + (top - shares.log10().clamp(min=bottom)) / (top - bottom) * high
         dashed(draw, torch.stack([x, y], 1).tolist(), dash, color, 2)
@@ -892,10 +1036,13 @@ def spectrum_panel(name, lines, bottom, top):
 
 
 def spectrum_picture(curves, title):
-    """Spectra of covariances, {panel: [(label, eigenvalues [F])]}, side by side on one axis."""
-    panels = {name: [(label, variance_shares(values)) for label, values in lines]
+    """Spectra of covariances, {panel: [(label, eigenvalues [F])]}, side by side on one axis; the
+    same label has the same colour in all."""
+    number = {label: None for lines in curves.values() for label, _ in lines}
+    number = {label: i for i, label in enumerate(number)}
+    panels = {name: [(number[label], label, variance_shares(values)) for label, values in lines]
               for name, lines in curves.items()}  # fmt: skip
-    shares = torch.cat([shares for lines in panels.values() for _, shares in lines])
+    shares = torch.cat([shares for lines in panels.values() for *_, shares in lines])
     shown = shares[shares > 0].log10().tolist() or [0.0]
     top = math.ceil(max(shown))
     bottom = min(max(math.floor(min(shown)), top - 10), top - 1)
@@ -947,68 +1094,92 @@ def confusion_picture(counts, classes, title):
     return headed(body, title, caption + few * (n < len(counts)))
 
 
-def spectra(path, test, data, args):
-    """(label, the spectrum of the representations, that of the projections or None) of the encoder
-    in a file, or an untrained one, on test images. A run's projector is in its checkpoint.pt."""
-    if path is None:
-        encoder, info = random_encoder(args, data)
-        label, beside = f"untrained {args.arch}", None
-    else:
-        encoder, info = load_encoder(path, key=args.key if path == args.checkpoint else None)
-        epoch = "" if info["epoch"] is None else f", epoch {info['epoch']}"
-        label = f"{info['method']}{epoch}, {Path(path).resolve().parent.name}"
-        beside = Path(path).with_name("checkpoint.pt") if Path(path).name in OURS else None
-    args = argparse.Namespace(**vars(args) | {"image_size": info["image_size"]})
-    data = dataclasses.replace(data, mean=info["mean"], std=info["std"])
-    encoder = encoder.to(args.device, memory_format=torch.channels_last)
-    h, weights = common.encode(encoder, test, args, data), encoder.state_dict()
-    try:
-        both, _ = load_encoder(beside or "", features="projector")
-    except common.InputError:
-        return label, covariance_spectrum(h), None
-    same = both.encoder.state_dict().items()
-    if not all(torch.equal(weights[key].cpu(), value) for key, value in same):
-        return label, covariance_spectrum(h), None  # another epoch's
-    with torch.no_grad():
-        z = both.projector.to(args.device)(h)
-    return label, covariance_spectrum(h), covariance_spectrum(z)
-
-
-def draw_pictures(info, data, test, features, scores, args):
-    """The four pictures, by name. features: Splits of data.train and test; scores: [N, C]."""
-    train, queries = features
+def named(info, args=None):
+    """What the figures are of, for headings; the encoder alone without args."""
     epoch = "" if info["epoch"] is None else f", epoch {info['epoch']}"
-    title, classes = f"{info['method']}{epoch}, {data.name}", [str(name) for name in data.classes]
-    labels = test.labels.cpu()
-    chosen, nearest = nearest_images(queries.images, labels, train.images)
+    projector = args is not None and args.features == "projector"
+    return f"{info['method']}{epoch}{', projector' * projector}"
+
+
+def beside(path, encoder):
+    """The projector of the run that an encoder.pt is in, or None. It has to be the same encoder."""
+    try:
+        path = Path(path).with_name("checkpoint.pt") if Path(path).name in OURS else ""
+        both, _ = load_encoder(path, features="projector")
+    except common.InputError:
+        return None
+    weights = encoder.state_dict()
+    same = (torch.equal(weights[k].cpu(), v) for k, v in both.encoder.state_dict().items())
+    return both.projector if all(same) else None  # else another epoch's
+
+
+def spectra(label, path, h, encoder, args):
+    """(label, spectrum of the representations h, that of the projections or None)."""
+    projector = beside(path, encoder)
+    if projector is None:
+        return label, covariance_spectrum(h), None
+    with torch.no_grad():
+        return label, covariance_spectrum(h), covariance_spectrum(projector.to(args.device)(h))
+
+
+def all_spectra(encoder, info, data, test, h, args):
+    """spectra of an untrained encoder, of the evaluated one, whose representations of the test
+    images are h, and of each in --compare, with what it assumes as for the evaluated one."""
+    plain = random_encoder(args, data)[0].to(args.device, memory_format=torch.channels_last)
+    features = common.encode(plain, test, args, data)
+    found = [spectra(f"untrained {args.arch}", "", features, plain, args)]
+    if args.checkpoint != "random":
+        found += [spectra(named(info), args.checkpoint, h, encoder, args)]
+    for path in args.compare:
+        other, its = load_encoder(path)
+        its |= {name: info[name] for name in its["assumed"]}
+        how = argparse.Namespace(**vars(args) | {"image_size": its["image_size"]})
+        seen = dataclasses.replace(data, mean=its["mean"], std=its["std"])
+        other = other.to(args.device, memory_format=torch.channels_last)
+        label, number = named(its), 2
+        while label in [before[0] for before in found]:
+            label, number = f"{named(its)} ({number})", number + 1
+        found += [spectra(label, path, common.encode(other, test, how, seen), other, args)]
+    return found
+
+
+def draw_pictures(encoder, info, data, test, measured, args):
+    """The four pictures, by name. data.train: the images that measured.train has features of."""
+    of, classes = f"{named(info, args)}, {data.name}", [str(name) for name in data.classes]
+    frozen = of + ", before fine-tuning" * (args.protocol == "finetune")
+    labels, queries = test.labels.cpu(), measured.test.images
+    chosen, nearest = nearest_images(queries, labels, measured.train.images)
     images = images_at(test, chosen, args)
     theirs = images_at(data.train, nearest.flatten(), args).unflatten(0, nearest.shape)
     known = labels[chosen], theirs, data.train.labels.cpu()[nearest]
-    yield "neighbors", neighbors_picture(images, *known, classes, f"{title}: nearest neighbours")
+    yield "neighbors", neighbors_picture(images, *known, classes, f"{frozen}: nearest neighbours")
 
     some = torch.arange(min(len(test), 1500)) * len(test) // min(len(test), 1500)
-    of_map = queries.images[some.to(queries.images.device)]
+    of_map = queries[some.to(queries.device)]
     if args.map == "tsne":
         points, axes = tsne(of_map, args.seed), ("t-SNE, first coordinate", "second coordinate")
     else:
         points, shares = principal_components(of_map)
         kinds = zip(("first", "second"), shares.tolist(), strict=True)
         axes = [f"{kind} principal component, {x:.0%} of the variance" for kind, x in kinds]
-    images = images_at(test, some, args)
-    name = f"{title}: test images by their features"
-    yield "map", map_picture(images, labels[some], points, classes, name, axes)
+    name = f"{frozen}: test images by their features"
+    yield "map", map_picture(images_at(test, some, args), labels[some], points, classes, name, axes)
 
-    files = [] if args.checkpoint == "random" else [args.checkpoint, *args.compare]
-    found = [spectra(path, test.spread(10_000), data, args) for path in [None, *files]]
+    other = args.protocol == "finetune" or args.features == "projector"
+    if other and args.checkpoint != "random":
+        encoder, _ = load_encoder(args.checkpoint, **asked(args) | {"features": None})
+        encoder = encoder.to(args.device, memory_format=torch.channels_last)
+        queries = common.encode(encoder, test, args, data)
+    found = all_spectra(encoder, info, data, test, queries, args)
     panels = {"representations": [(label, h) for label, h, _ in found]}
     if projected := [(label, z) for label, _, z in found if z is not None]:
         panels["projections"] = projected
-    yield "spectrum", spectrum_picture(panels, f"Spectrum of the covariance, {data.name}")
+    yield "spectrum", spectrum_picture(panels, f"{data.name}: spectrum of the covariance")
 
-    pairs = labels * len(classes) + scores.argmax(1).cpu()
+    pairs = labels * len(classes) + measured.scores[args.protocol].argmax(1).cpu()
     counts = pairs.bincount(minlength=len(classes) ** 2).view(len(classes), -1)
     how = {"knn": "kNN", "linear": "linear", "finetune": "finetuned"}[args.protocol]
-    yield "confusion", confusion_picture(counts, classes, f"{title}, {how}")
+    yield "confusion", confusion_picture(counts, classes, f"{of}, {how}")
 
 
 def write_pictures(pictures, folder):
@@ -1033,7 +1204,7 @@ def parser():
     p.add_argument("--features", choices=FEATURES, default="encoder",
                    help="what is evaluated; the projector is in our own checkpoint.pt")
     p.add_argument("--protocol", choices=PROTOCOLS, default="linear", help="see above")
-    p.add_argument("--recipe", choices=RECIPES, help="settings of a thesis, see above")
+    p.add_argument("--recipe", choices=RECIPES, help="settings of a thesis, see the file's head")
     common.shared_arguments(p)
     p.set_defaults(arch=None)  # the checkpoint knows
     p.add_argument("--cached", action="store_true", help="compute features once, no augmentation")
@@ -1043,8 +1214,8 @@ def parser():
                    "--seed + 1, ...: the mean and its 95 %% confidence interval")
     p.add_argument("--epochs", type=common.count, default=100, help="of the classifier")
     p.add_argument("--batch-size", type=common.count, default=256, help="of the classifier")
-    p.add_argument("--lr", type=common.positive, nargs="+", default=[0.2], help="initial; several: "
-                   "the best on a tenth of the training images, held out, is taken")
+    p.add_argument("--lr", type=common.positive, nargs="+", default=[0.02],
+                   help="initial; of several the best on a tenth of the training images, held out")
     p.add_argument("--lr-floor", type=common.fraction, default=0.01,
                    help="the last learning rate, as a share of the first; for linear")
     p.add_argument("--encoder-lr", type=common.positive, default=0.005, help="for finetune, S003")
@@ -1072,8 +1243,8 @@ def arguments():
     linear = args.protocol == "linear"
     check(not args.cached or linear, "--cached is for --protocol linear")
     check(len(args.lr) == 1 or linear, "several --lr are for --protocol linear")
-    whole = args.recipe in (None, "s001") or linear
-    check(whole, f"--recipe {args.recipe} is for --protocol linear")
+    fits = args.recipe is None or linear or (args.recipe, args.protocol) == ("s001", "finetune")
+    check(fits, f"--recipe {args.recipe} is for linear; finetune without one is S003's, or s001")
     projector = args.features == "projector"
     check(not projector or args.protocol != "finetune", "--features projector is not for finetune")
     for flag in "map", "compare":
@@ -1087,15 +1258,19 @@ def arguments():
     return args
 
 
+def asked(args):
+    """What the flags tell load_encoder."""
+    given = {"arch": args.arch, "stem": None if args.stem == "auto" else args.stem}
+    given |= {"image_size": args.image_size, "mean": args.mean, "std": args.std}
+    return given | {"key": args.key, "features": args.features}
+
+
 def the_encoder(args):
     """(encoder, info, data): what --checkpoint and --dataset name, and how images are shown to it.
     Fills in args.arch, stem and image_size."""
     untrained = args.checkpoint == "random"
     if not untrained:  # before the data: the cheaper thing to be wrong about
-        given = {"arch": args.arch, "stem": None if args.stem == "auto" else args.stem}
-        given |= {"image_size": args.image_size, "mean": args.mean, "std": args.std}
-        given |= {"key": args.key, "features": args.features}
-        encoder, info = load_encoder(args.checkpoint, **given)
+        encoder, info = load_encoder(args.checkpoint, **asked(args))
         print(f"{args.checkpoint}: {info['found']}")
     data = common.load_once(args)
     if untrained:
@@ -1122,18 +1297,20 @@ def the_images(data, args):
     held = args.validation_fraction > 0
     there = data.test is not None or held
     check(there, f"{data.name} has no test split: hold images out with --validation-fraction 0.1")
-    all_there(dataclasses.replace(data, test=None) if held else data)
-    if not held:
-        return data, data.test, "test"
-    train, test = hold_out(data.train, args.validation_fraction, len(data.classes), args.seed)
-    return dataclasses.replace(data, train=train), test, "validation"
+    if held:
+        train, test = hold_out(data.train, args.validation_fraction, len(data.classes), args.seed)
+        data = dataclasses.replace(data, train=train, test=test)
+    kind = "validation" if held else "test"
+    all_there(data, kind)
+    return data, data.test, kind
 
 
 def the_file(data, args):
     """Where the figures go: beside the checkpoint, or in a folder of its own. It can be written."""
     path, untrained = Path(args.checkpoint), args.checkpoint == "random"
     folder = Path(f"runs/random_{data.name}_{args.arch}") if untrained else path.parent
-    words = [args.protocol, "projector" * (args.features == "projector")]
+    words = [args.protocol, args.recipe, "projector" * (args.features == "projector")]
+    words += [f"{args.seeds}-seeds" * (args.seeds > 1)]
     words += [f"{args.label_fraction:g}" * (args.label_fraction < 1), "cached" * args.cached]
     words += ["validation" * (args.validation_fraction > 0), data.name]
     words += [] if untrained or path.name in OURS else [path.stem]
@@ -1149,88 +1326,6 @@ def the_file(data, args):
     return file
 
 
-def measure(encoder, original, data, train, test, images, args):
-    """{"knn" and the protocol: scores [N, C] of the test images}, k, for one seed. The encoder is
-    frozen, and compared with its original state; fine-tuning, which changes it, comes last. train,
-    test: features; images: those of test."""
-    classes = len(data.classes)
-    torch.manual_seed(args.seed)
-    finite = train.images.isfinite().all() and test.images.isfinite().all()
-    check(finite, f"{args.checkpoint}: its features are not finite")
-    votes, k = common.knn_votes(train.spread(args.knn_bank), test, classes, args)
-    scores = {"knn": votes}
-    if args.protocol == "linear":
-        scores["linear"] = linear_protocol(encoder, data, train, test, args)
-    if not all(torch.equal(v, original[key]) for key, v in encoder.state_dict().items()):
-        raise RuntimeError("the encoder changed while it was evaluated")
-    if args.protocol == "finetune":
-        scores["finetune"] = finetune_protocol(encoder, data, train, images, args)
-    return scores, k
-
-
-def every_seed(encoder, data, test, args):
-    """(accuracies, scores, features, k): {"knn" and the protocol: [(top-1, top-5) of each seed]};
-    the first seed's scores; the features of training and test images, by its labels."""
-    original, accuracies, first = copy.deepcopy(encoder.state_dict()), {}, None
-    queries = features_of(encoder, test, args, data)
-    for seed in range(args.seed, args.seed + args.seeds):
-        encoder.load_state_dict(original)  # fine-tuning changes it
-        now = argparse.Namespace(**vars(args) | {"seed": seed})
-        some = labelled(data.train, args.label_fraction, len(data.classes), seed)
-        part = dataclasses.replace(data, train=some)
-        if first is None or args.label_fraction < 1:
-            train = features_of(encoder, some, args, data)
-        scores, k = measure(encoder, original, part, train, queries, test, now)
-        first = first or (scores, train)
-        for name, value in scores.items():
-            accuracies.setdefault(name, []).append(common.top_accuracies(value, queries.labels))
-    return accuracies, first[0], (first[1], queries), k
-
-
-def untrained(data, test, args):
-    """The accuracies of an untrained encoder of the same kind, by kNN and, where the protocol is
-    linear, by a classifier on cached features."""
-    protocol = "linear" if args.protocol == "linear" else "knn"
-    print(f"an untrained {args.arch}, for comparison")
-    like = {"cached": True, "protocol": protocol, "seeds": 1, "checkpoint": "untrained"}
-    args = argparse.Namespace(**vars(args) | like)
-    encoder = random_encoder(args, data)[0].to(args.device, memory_format=torch.channels_last)
-    return every_seed(encoder.requires_grad_(False), data, test, args)[0]
-
-
-T95 = 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262  # Student's t, 1 to 9 degrees
-
-
-def mean_and_interval(values):
-    """The mean of n values and half the width of its 95 % confidence interval, None for one."""
-    mean, n = statistics.fmean(values), len(values)
-    return mean, T95[n - 2] * statistics.stdev(values) / n**0.5 if n > 1 else None
-
-
-def table(accuracies, plain, k, info, data, args):
-    """(rows, result): rows of the printed table, (name, top-1, top-5, remark), and what they are
-    in the JSON object."""
-    cached, rows, result = ", cached" * args.cached, [], {"knn_k": k}
-    before = ", before" * (args.protocol == "finetune")
-    names = {"knn": f"kNN, k = {k}{before}", "linear": f"linear{cached}", "finetune": "finetuned"}
-    for what, found in accuracies.items():
-        pre = "knn_" if what == "knn" else ""
-        (top1, half), (top5, _) = (mean_and_interval(column) for column in zip(*found, strict=True))
-        result |= {f"{pre}top1": top1, f"{pre}top5": top5}
-        remark = f"top-1 ± {half:.2%} (95 % of {len(found)} seeds)" if half is not None else ""
-        if half is not None:
-            result |= {f"{pre}top1_ci95": half, f"{pre}top1_seeds": [top1 for top1, _ in found]}
-        rows.append((names[what], top1, top5, remark))
-    for what, ((top1, top5),) in plain.items():
-        result["untrained_" + ("knn_" if what == "knn" else "") + "top1"] = top1
-        name = f"kNN, k = {k}" if what == "knn" else "linear, cached"
-        rows.append((f"untrained: {name}", top1, top5, ""))
-    rows.append(("chance", 1 / len(data.classes), min(1, 5 / len(data.classes)), ""))
-    result["published"] = published(info, data.name, args)
-    rows += [(f"published: {method}", *rest) for method, *rest in result["published"]]
-    return rows, result
-
-
 def main():
     args = arguments()
     encoder, info, data = the_encoder(args)
@@ -1244,10 +1339,10 @@ def main():
     if args.protocol != "knn":  # before the features, for what is wrong with the batches
         steps_of(part, args)
     start = time.time()
-    accuracies, scores, features, k = every_seed(encoder, data, test, args)
+    measured = every_seed(encoder, data, test, args)
     seconds = round(time.time() - start, 1)
     plain = untrained(data, test, args) if args.untrained and info["method"] != "untrained" else {}
-    rows, figures = table(accuracies, plain, k, info, data, args)
+    rows, figures = table(measured, plain, info, data, args)
     result = {"protocol": args.protocol, "dataset": data.name, "split": kind}
     result |= {"features": args.features, "cached": args.cached, "seeds": args.seeds}
     result |= {"label_fraction": args.label_fraction, "labelled_images": len(some), **figures}
@@ -1255,9 +1350,7 @@ def main():
     result |= {"method": info["method"], "epoch": info["epoch"], **common.describe(args)}
     result |= {key: info[key] for key in ("found", "assumed") if key in info}
 
-    epoch = "" if info["epoch"] is None else f", epoch {info['epoch']}"
-    what = f"{info['method']}{epoch}, {args.arch}, {args.stem} stem"
-    what += ", projector" * (args.features == "projector")
+    what = f"{named(info, args)}, {args.arch}, {args.stem} stem"
     print(f"\n{what}: {data.name}, {len(test)} {kind} images of {args.image_size} pixels")
     width = max(18, *(len(row[0]) for row in rows)) + 1
     print(f"{'':{width}}{'top-1':>8}{'top-5':>8}")
@@ -1266,8 +1359,7 @@ def main():
         print(f"{name:{width}}{''.join(cells)}{'  ' * bool(remark)}{remark}")
     common.on_first(lambda: common.write_json(result, file))
     if args.pictures:
-        pictures = draw_pictures(info, part, test, features, scores[args.protocol], args)
-        pictures = list(pictures)
+        pictures = list(draw_pictures(encoder, info, part, test, measured, args))
         common.on_first(lambda: write_pictures(pictures, file.parent))
     print(json.dumps(result))
 

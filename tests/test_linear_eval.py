@@ -3,10 +3,8 @@ is chosen on the test images, which files it takes for an encoder, and a problem
 """
 
 import argparse
-import contextlib
 import copy
 import functools
-import io
 import json
 import math
 import re
@@ -17,6 +15,7 @@ from unittest import mock
 import pytest
 import torch
 import torchvision
+import torchvision.transforms.functional as TF
 from PIL import Image
 from test_scripts import CPU, Payload, call, fail, folder, listing, load, store, succeed, toy
 
@@ -336,7 +335,7 @@ def test_seeds_are_runs_of_their_own(protocol, argv, folder):
         assert figures[key] == pytest.approx((alone[0][key] + alone[1][key]) / 2)
         half = figures[f"{key}_ci95"]
         assert half == pytest.approx(12.706 * abs(alone[0][key] - alone[1][key]) / 2)
-        assert f"top-1 ± {half:.2%} (95 % of 2 seeds)" in "\n".join(table)
+        assert f"top-1 ± {half:.2%} (95 %; 2 evaluations of one encoder)" in "\n".join(table)
     assert alone[0] != alone[1] and "knn_top1_ci95" not in alone[0]
 
 
@@ -346,19 +345,53 @@ def said(method, dataset, trained_on, **flags):
     return linear_eval.published({"method": method, "dataset": trained_on}, dataset, args)
 
 
-def test_published_figures():
-    """The same dataset, architecture, protocol and share of the labels, and a transfer as one."""
-    rows = said("corinfomax", "cifar10", "cifar10")
-    assert [row[:3] for row in rows] == [("corinfomax", 0.9318, 0.9988)] and "S003" in rows[0][3]
+FEW, TENTH = ({"protocol": "finetune", "label_fraction": share} for share in (0.01, 0.1))
+LARGE = {"arch": "resnet50"}
+CELLS = [  # read off the theses' tables once more
+    (("corinfomax", "cifar10"), {}, "S003", [(0.9318, 0.9988)]),
+    (("vicreg", "cifar100"), {}, "S003", [(0.6854, 0.9083)]),
+    (("barlow_twins", "imagenet100"), {}, "S003", [(0.8038, 0.9528)]),
+    (("corinfomax", "tiny_imagenet"), LARGE, "S003", [(0.5486, None)]),
+    (("corinfomax", "imagenet100"), LARGE, "S003", [(0.8264, None)]),
+    (("vicreg", "imagenet"), LARGE, "S003", [(0.686, None)]),
+    (("corinfomax", "imagenet"), LARGE | FEW, "S003", [(0.4489, None)]),
+    (("vicreg", "imagenet"), LARGE | TENTH, "S003", [(0.6216, None)]),
+    (("tcl", "fashion_mnist"), LARGE, "S004", [(0.957, None)]),
+    (("supcon", "imagenet100"), {}, "S004", [(0.859, None)]),
+    (("tcl", "cifar100"), {}, "S004", [(0.775, None)]),
+    (("tcl_self_supervised", "cifar10"), {}, "S004", [(0.918, None)]),
+    (("carl", "imagenet64"), {}, "S001", [(0.3186, None)]),
+    (("carl", "stl10"), FEW, "S001", [(0.5226, None)]),
+    (("byol", "stl10"), TENTH, "S001", [(0.657, None)]),
+    (("simclr", "stl10"), {"protocol": "finetune"}, "S001", [(0.8697, None)]),
+    (("carp", "imagenet"), LARGE, "S001", [(0.686, 0.885), (0.701, 0.894)]),
+    (("byol", "imagenet"), LARGE, "S001", [(0.743, None)]),
+    (("carl", "imagenet"), LARGE | FEW, "S001", [(None, 0.726)]),
+    (("barlow_twins", "imagenet"), LARGE | TENTH, "S001", [(None, 0.893)]),
+    (("carp", "imagenet"), LARGE | FEW, "S001", [(None, 0.745), (None, 0.771)]),
+    (("simclr", "cifar10"), {}, "S002", [(0.7691, None)]),
+    (("simclr", "cifar10"), {}, "S000", [(0.846, 0.994)]),
+    (("simclr", "cifar10"), LARGE, "S000", [(0.862, 0.997)]),
+]
+
+
+@pytest.mark.parametrize("what, flags, source, pairs", CELLS)
+def test_published_figures(what, flags, source, pairs):
+    """The same dataset, architecture, protocol and share of the labels."""
+    method, dataset = what
+    rows = [row for row in said(*what, dataset, **flags) if row[3].startswith(source)]
+    assert [row[1:3] for row in rows] == pairs and {row[0] for row in rows} == {method}
+
+
+def test_published_figures_are_for_the_same_setting():
     ((_, top1, top5, setting),) = said("carl", "cifar100", "cifar10")
     assert (top1, top5) == (0.4347, None) and "transfer" in setting
     assert said("carl", "cifar10", "stl10") == said("simclr", "toy", "toy") == []
     assert said("simclr", "cifar10", "cifar10", arch="resnet34") == []
-    few = {"arch": "resnet50", "protocol": "finetune", "label_fraction": 0.01}
-    assert {row[1] for row in said("corinfomax", "imagenet", "imagenet", **few)} == {0.4489}
-    assert [row[1:3] for row in said("carp", "imagenet", None, **few)] == [(None, 0.745)]
-    of_all = {row[0] for row in said("theirs.pth", "cifar10", None)}
-    assert {"simclr", "byol", "carl", "tcl_self_supervised"} <= of_all
+    assert said("carl", "fashion_mnist", "fashion_mnist", **LARGE) == []  # not other methods'
+    rows = said("theirs.pth", "cifar10", None)
+    assert {"simclr", "byol", "carl", "tcl_self_supervised"} <= {row[0] for row in rows}
+    assert all(row[3].startswith("trained on cifar10; ") for row in rows)
 
 
 def test_the_published_table_is_well_formed():
@@ -380,6 +413,17 @@ def test_published_figures_are_printed_with_their_setting(argv):
     (row,) = (line for line in table if line.startswith("published: corinfomax"))
     assert row.split()[2:4] == ["93.18%", "99.88%"] and "1000 epochs" in row
     assert figures["published"][0][:3] == ["corinfomax", 0.9318, 0.9988]
+    table, figures = evaluate(*argv, *PROTOCOLS["cached"], "--validation-fraction", "0.25")
+    assert figures["published"] == [] and "published" not in "\n".join(table[:-1])
+
+
+def test_neighbours_vote_alike_for_every_seed(argv):
+    """So with all labels theirs has no interval; and k of them vote for k classes at most."""
+    table, figures = evaluate(*argv, *PROTOCOLS["cached"], "--seeds", "2", "--knn-k", "2")
+    assert "knn_top1_ci95" not in figures and "top1_ci95" in figures
+    assert figures["knn_top5"] is None
+    (row,) = (line for line in table if line.startswith("kNN, k = 2"))
+    assert row.split()[-1] == "-"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -477,7 +521,9 @@ def test_a_rate_is_chosen_on_held_out_training_images(argv, folder):
         table, figures = evaluate(*argv, *flags)
         lines += [line for line in table if line.startswith("--lr on 8 held-out")]
         assert figures["top1"] == float(labels is data["test"]["labels"])
-        assert figures["config"]["lr"] == [1e30, 1e-9, 0.1]
+        assert figures["config"]["lr"] == [1e30, 1e-9, 0.1] and figures["lr"] == 0.1
+        found = figures["lr_validation"]
+        assert found.keys() == {"1e+30", "1e-09", "0.1"} and max(found, key=found.get) == "0.1"
     assert len(lines) == 2 and lines[0] == lines[1] and lines[0].endswith("taken: 0.1")
     few = fail("linear_eval", *argv, *flags, "--label-fraction", "0.06")
     assert "4 training images are too few to compare several --lr" in few
@@ -518,7 +564,7 @@ def test_evaluating_the_projector(argv, folder):
     store(our_checkpoint(model), "checkpoint.pt")
     argv[1] = "checkpoint.pt"
     table, figures = evaluate(*argv, *PROTOCOLS["cached"], "--features", "projector")
-    assert figures["features"] == "projector" and ", projector:" in "\n".join(table)
+    assert figures["features"] == "projector" and ", projector, " in "\n".join(table)
     assert json.loads((folder / "linear_projector_cached_toy.json").read_text()) == figures
     _, of_encoder = evaluate(*argv, *PROTOCOLS["cached"])
     assert of_encoder["top1"] != figures["top1"] or of_encoder["knn_top1"] != figures["knn_top1"]
@@ -548,27 +594,30 @@ def test_images_of_another_size_are_brought_to_the_encoders(argv):
     """Of 24 pixels, more than the encoder's 16, the central 21 (7/8) are resized; of 8, all."""
     for size, cut in (24, "21x21"), (8, "8x8"), (16, None):
         store(toy(size=size), "toy.pt")
-        data = common.load_dataset("toy.pt")
         table, _ = evaluate(*argv, *PROTOCOLS["knn"])
+        said = [line for line in table if line.startswith(f"toy: {size}x{size} pixels")]
         expected = f"toy: {size}x{size} pixels, of which the central {cut} are resized to the 16"
-        assert any(line.startswith(expected) for line in table) == (cut is not None), data.size
+        assert said == ([f"{expected} of the encoder"] if cut else [])
 
 
-def test_transfer_keeps_the_encoders_statistics(argv):
-    """Images that are brighter by a constant are not brought back to the encoder's mean."""
+def test_transfer_keeps_the_encoders_statistics(argv, monkeypatch):
+    """Images that are brighter by a constant are so for the encoder, too."""
+    seen, original = [], common.evaluation_view
+
+    def remember(*args):
+        seen.append(original(*args))
+        return seen[-1]
+
+    monkeypatch.setattr(common, "evaluation_view", remember)
     data = toy()
-    data |= {key: data[key] | {"images": data[key]["images"] // 2} for key in ("train", "test")}
-    brighter = {k: data[k] | {"images": data[k]["images"] + 100} for k in ("train", "test")}
-    found = []
-    for some in data, data | brighter:
-        store(some, "toy.pt")
-        encoder, info = linear_eval.load_encoder("encoder.pt")
-        args = common.parse_args(linear_eval.parser(), {}, argv=argv)
-        common.resolve_hardware(args)
-        with contextlib.redirect_stdout(io.StringIO()):
-            found.append(linear_eval.the_encoder(args)[2])
-    assert found[0].mean == found[1].mean == [0.5] * 3
-    assert not torch.equal(found[0].train.images, found[1].train.images)
+    dark = {key: data[key] | {"images": data[key]["images"] // 2} for key in ("train", "test")}
+    bright = {key: dark[key] | {"images": dark[key]["images"] + 100} for key in dark}
+    for some in dark, bright:
+        store(data | some, "toy.pt")
+        evaluate(*argv, *PROTOCOLS["knn"])
+    first, second = seen[: len(seen) // 2], seen[len(seen) // 2 :]
+    for a, b in zip(first, second, strict=True):
+        torch.testing.assert_close(b - a, torch.full_like(a, 100 / 255 / 0.25))  # by its deviation
 
 
 def test_a_class_without_images(argv):
@@ -581,6 +630,29 @@ def test_a_class_without_images(argv):
     store(data | {"test": data["test"] | {"labels": labels}}, "toy.pt")
     table, _ = evaluate(*argv, *PROTOCOLS["knn"])
     assert "toy: 2 of 4 classes have no test image: c, d" in table
+    for split, folders in ("train", "ab"), ("val", "abc"):  # as folders
+        for name in folders:
+            Path("tree", split, name).mkdir(parents=True)
+            TF.to_pil_image(data["train"]["images"][0]).save(f"tree/{split}/{name}/0.png")
+    argv[argv.index("toy.pt")] = "tree"
+    line = fail("linear_eval", *argv, *PROTOCOLS["knn"])
+    assert "tree/val has 1 classes that tree/train has not: c" in line
+
+
+def test_a_test_folder_without_classes(argv):
+    """As ImageNet's own: its test images have no labels, val is taken."""
+    for split, count in ("train", 8), ("val", 2):
+        for i, name in enumerate("ab"):
+            Path("tree", split, name).mkdir(parents=True)
+            for j in range(count):
+                image = toy()["train"]["images"][8 * j + i]
+                TF.to_pil_image(image).save(f"tree/{split}/{name}/{j}.png")
+    Path("tree/test").mkdir()
+    TF.to_pil_image(image).save("tree/test/0.png")
+    argv[argv.index("toy.pt")] = "tree"
+    table, figures = evaluate(*argv, *PROTOCOLS["knn"])
+    assert figures["images"] == 4
+    assert "note: tree/test has no folders of classes: tree/val is taken" in table
 
 
 def test_labels_out_of_range(argv):
@@ -634,6 +706,30 @@ def test_pictures(protocol, argv, folder, monkeypatch):
     with torch.no_grad():
         expected = torch.linalg.eigvalsh(model.projector(model.backbone(x)).T.double().cov())
     torch.testing.assert_close(values, expected, rtol=1e-3, atol=1e-9)
+
+
+def test_the_spectrum_is_of_what_was_evaluated(argv, folder, monkeypatch):
+    """At the size and with the statistics that were given; an untrained encoder can be compared."""
+    given = []
+    original = linear_eval.spectrum_picture
+    monkeypatch.setattr(linear_eval, "spectrum_picture", lambda curves, title: (
+        given.append(curves), original(curves, title))[1])  # fmt: skip
+    flags = "--image-size 24 --mean 0.1 0.2 0.3 --std 1 2 3 --pictures".split()
+    evaluate(*argv, *PROTOCOLS["knn"], *flags)
+    images = common.load_dataset("toy.pt").test.images
+    x = common.evaluation_view(images, 24, [0.1, 0.2, 0.3], [1, 2, 3])
+    encoder, _ = linear_eval.load_encoder("encoder.pt")
+    with torch.no_grad():
+        expected = torch.linalg.eigvalsh(encoder(x).T.double().cov())[-8:]
+    (panels,) = given
+    _, (_, values) = panels["representations"]
+    torch.testing.assert_close(values[-8:], expected, rtol=1e-3, atol=0)
+    argv[argv.index("encoder.pt")] = "random"
+    evaluate(
+        *argv, *PROTOCOLS["knn"], "--stem", "imagenet", "--pictures", "--compare", "encoder.pt"
+    )
+    labels = [label for label, _ in given[1]["representations"]]
+    assert labels == ["untrained resnet18", "m, epoch 7"]
 
 
 def test_pictures_of_what_is_not_there(argv, folder, monkeypatch):
@@ -949,7 +1045,8 @@ BAD_FLAGS = {
     "--label-fraction 0": "--label-fraction",
     "--protocol finetune --batch-size 1": "in batches of 1 are too few",
     "--cached --protocol knn": "--cached is for --protocol linear",
-    "--recipe s004 --protocol finetune": "--recipe s004 is for --protocol linear",
+    "--recipe s004 --protocol finetune": "--recipe s004 is for linear",
+    "--recipe s001 --protocol knn": "--recipe s001 is for linear",
     "--lr 0.1 0.2 --protocol finetune": "several --lr are for --protocol linear",
     "--recipe s005": "--recipe",
     "--seeds 0": "--seeds",

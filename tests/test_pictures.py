@@ -350,7 +350,7 @@ def test_axis_is_logarithmic(written):
     names = sorted(exponents, key=exponents.get)
     assert names == ["0", "-1", "-2", "-3"][: len(rows)] and len(rows) == len(names)
     assert {"1", "2", "3"} <= set(texts(written))
-    assert any("effective dimension 1.4 of 3: x" in text for text in texts(written))
+    assert any("x: effective dimension 1.4 of 3" in text for text in texts(written))
 
 
 def test_what_is_nothing_is_on_the_lower_edge(written):
