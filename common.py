@@ -13,7 +13,8 @@
     training                            prepare, train
 
 A method is a plain nn.Module with `.backbone`, `forward(views, y) -> (loss, terms)` and, where it
-needs one, `after_step(progress)`. Everything here is indifferent to which method that is.
+needs them, `after_step(progress)` and `epoch_figures() -> {name: float}`, which go into the log.
+Everything here is indifferent to which method that is.
 """
 
 import argparse
@@ -952,14 +953,18 @@ def random_resized_crop_params(
     return top, left, h, w
 
 
-def resampling_matrix(start, length, size_in, size_out, interpolation):
-    """[B, size_out, size_in]: row o holds the weights with which output pixel o reads its crop.
+def resampling_matrix(start, length, size_in, size_out, interpolation, mirror=None):
+    """[B, size_out, size_in]: row o holds the weights with which output pixel o reads its crop;
+    where `mirror` (bool [B]), in reverse order.
 
     The antialiased filters of Pillow and torchvision: triangle (bilinear) or cubic with a = -0.5
     (bicubic), widened by the reduction, cut off at the border of the crop, normalised."""
     length, start = length.float()[:, None, None], start.float()[:, None, None]
     step = length / size_out  # input pixels per output pixel
-    centre = (torch.arange(size_out, device=start.device)[:, None] + 0.5) * step
+    place = torch.arange(size_out, device=start.device)[:, None]
+    if mirror is not None:
+        place = torch.where(mirror[:, None, None], size_out - 1 - place, place)
+    centre = (place + 0.5) * step
     pixel = torch.arange(size_in, device=start.device) - start  # counted from the crop's border
     t = ((pixel + 0.5 - centre) / step.clamp(min=1)).abs_()
     weight = u = (1 - t).clamp_(min=0)
@@ -980,9 +985,7 @@ def resized_crop(x, top, left, height, width, size, flip=None, interpolation="bi
     (then hflip) of each image by itself; as there, bicubic can leave [0, 1] (Augment clamps)."""
     out_h, out_w = (size, size) if isinstance(size, int) else size
     rows = resampling_matrix(top, height, x.shape[2], out_h, interpolation)
-    columns = resampling_matrix(left, width, x.shape[3], out_w, interpolation)
-    if flip is not None:
-        columns = torch.where(flip[:, None, None], columns.flip(1), columns)
+    columns = resampling_matrix(left, width, x.shape[3], out_w, interpolation, flip)
     narrow = x.flatten(1, 2) @ columns.mT.to(x.dtype)  # [B, C H, w]
     return rows[:, None].to(x.dtype) @ narrow.unflatten(1, x.shape[1:3])
 
@@ -1006,19 +1009,17 @@ def solarize(x, threshold=128 / 255):
 def shift_hue(x, shift):
     """Turn the hue of x [B, 3, H, W] by shift [B], in turns; HSV's saturation and value stay.
 
-    The way to HSV and back reduces to min + (max - min) * trapezoid(hue), one for each channel."""
+    Let h be the hue in sixths of a turn, counted from cyan, in [-3, 3]. With the channels scaled so
+    that the largest is 1 and the smallest 0, |h| = 2 + r - g - b, and h < 0 where g > b. The way
+    back is as short: each channel is a trapezoid of h, such as clamp(|h| - 1, 0, 1) for red."""
     r, g, b = x.split(1, 1)
-    high, low = r.maximum(g).maximum(b), r.minimum(g).minimum(b)
-    chroma = high - low
-    divisor = chroma + (chroma == 0)
-    hue = torch.where(high == g, 2 + (b - r) / divisor, 4 + (r - g) / divisor)
-    hue = torch.where(high == r, (g - b) / divisor, hue)  # in sixths of a turn
-    hue = hue + 6 * shift.view(-1, 1, 1, 1)
-    hue = hue - 6 * (hue / 6).floor()
-    trapezoid = torch.empty_like(x)
-    trapezoid[:, 0:1] = (hue - 3).abs() - 1
-    trapezoid[:, 1:2] = 2 - (hue - 2).abs()
-    trapezoid[:, 2:3] = 2 - (hue - 4).abs()
+    low = r.minimum(g).minimum(b)
+    chroma = r.maximum(g).maximum(b).sub_(low)
+    divisor = chroma.clamp(min=torch.finfo(x.dtype).tiny)  # gray has no hue: any will do
+    h = (r - g).add_(low - b).div_(divisor).add_(2).copysign_(b - g)
+    h.add_(6 * shift.to(x.dtype).view(-1, 1, 1, 1))
+    h.sub_((h / 6).round_(), alpha=6)
+    trapezoid = torch.cat([h.abs().sub_(1), 2 - (h + 1).abs_(), 2 - (h - 1).abs_()], 1)
     return trapezoid.clamp_(0, 1).mul_(chroma).add_(low)
 
 
@@ -1031,16 +1032,16 @@ def color_jitter(x, brightness, contrast, saturation, hue, order):
     Without branches: the hue has one slot, with three slots before it and three after for the
     rest; in a slot that an image does not need, the factor is 1 and nothing changes."""
     factors = torch.stack([brightness, contrast, saturation, hue], 1).gather(1, order)
-    hue_at = (order == 3).int().argmax(1)
+    hue_at, x = (order == 3).int().argmax(1), x.clone()
 
     def blend(x, position, wanted):
-        # With black for brightness, the mean gray for contrast, the gray image for saturation.
-        kind = order[:, position].view(-1, 1, 1, 1)
-        factor = factors[:, position].masked_fill(~wanted, 1).view(-1, 1, 1, 1).to(x.dtype)
+        # f * x + (1 - f) * black for brightness, mean gray for contrast, gray for saturation.
+        kind, factor = order[:, position], factors[:, position].masked_fill(~wanted, 1)
+        shares = factor, (1 - factor) * (kind == 1), (1 - factor) * (kind == 2)
+        of_image, of_mean, of_gray = (s.to(x.dtype).view(-1, 1, 1, 1) for s in shares)
         gray = luma(x)
-        mean = gray.mean((2, 3), keepdim=True) * (kind == 1)
-        target = gray.mul_(kind == 2).add_(mean)
-        return torch.lerp(target, x, factor).clamp_(0, 1)  # target + factor * (x - target)
+        mean = gray.mean((2, 3), keepdim=True).mul_(of_mean)
+        return x.mul_(of_image).add_(gray.mul_(of_gray).add_(mean)).clamp_(0, 1)
 
     for position in 0, 1, 2:
         x = blend(x, position, position < hue_at)
@@ -1224,15 +1225,16 @@ class Augment:
 
     def apply(self, images, d):
         """images: uint8 [V * B, 3, H, W]; d: what `draw` returned."""
-        x, box = images.float() / 255, (d["top"], d["left"], d["height"], d["width"])
-        x = resized_crop(x, *box, self.size, d["flip"]).clamp(0, 1)
+        box = d["top"], d["left"], d["height"], d["width"]
+        x = resized_crop(images.float().div_(255), *box, self.size, d["flip"]).clamp_(0, 1)
         if self.recipes[0].policy:
             drawn = [d[key] for key in ("chosen", "chance", "sign")]
             x = auto_augment((x * 255).round().byte(), self.recipes[0].policy, *drawn).float() / 255
         if any(r.jitter_p for r in self.recipes):
             x = color_jitter(x, *(d[key] for key in (*FACTORS, "hue", "order")))
         if any(r.gray_p for r in self.recipes):
-            x = torch.lerp(x, luma(x), d["gray"].view(-1, 1, 1, 1).float())  # 0: x, 1: its gray
+            gray = d["gray"].view(-1, 1, 1, 1).float()
+            x = (x * (1 - gray)).add_(luma(x).mul_(gray))
         if any(r.blur_p for r in self.recipes):
             x = gaussian_blur(x, d["sigma"], self.kernel_size)
         if any(r.solarize_p for r in self.recipes):
@@ -1240,7 +1242,7 @@ class Augment:
         return self.normalize(x)
 
     def normalize(self, x):
-        return ((x - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
+        return (x - self.mean).div_(self.std).contiguous(memory_format=torch.channels_last)
 
     def restore(self, x):
         """The inverse of `normalize`, for pictures."""
@@ -1573,6 +1575,9 @@ class MutualInformation(nn.Module):
     def after_step(self, progress):
         if hasattr(self.method, "after_step"):
             self.method.after_step(progress)
+
+    def epoch_figures(self):
+        return getattr(self.method, "epoch_figures", dict)()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2152,6 +2157,8 @@ def train_until(stop, method, model, data, recipes, args):
 
         entry = {"epoch": epoch, "step": step}
         entry |= {key: float(value) / steps for key, value in mean_terms(sums).items()}
+        if hasattr(model, "epoch_figures"):
+            entry |= model.epoch_figures()
         lr = learning_rate(step - 1, total, args.warmup_epochs * steps, args.scaled_lr)
         entry |= {"lr": lr, "images_per_second": round(bar.rate(steps), 1)} | apart
         sums, apart = {}, {}

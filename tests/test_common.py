@@ -114,7 +114,9 @@ def test_color_jitter_in_all_24_orders(seed, strength):
     factors = uniform(1 - strength, 1 + strength, 3, 24, seed=seed)
     factors = torch.cat([factors, uniform(-0.5, 0.5, 1, 24, seed=seed + 9)])
     expected = [torchvision_jitter(x[i], factors[:, i], order[i]) for i in range(24)]
+    before = x.clone()
     close(common.color_jitter(x, *factors, order), torch.stack(expected))
+    assert torch.equal(x, before)
 
 
 @pytest.mark.parametrize("operation", range(4), ids=["brightness", "contrast", "saturation", "hue"])
@@ -127,6 +129,17 @@ def test_each_colour_operation_alone(operation):
         JITTER[operation](image, float(f)) for image, f in zip(x, factors[operation], strict=True)
     ]
     close(common.color_jitter(x, *factors, order), torch.stack(expected))
+
+
+def test_hue_where_channels_are_equal_or_nearly_so():
+    """Every colour of three levels, so two or three channels are equal, and all of it once more
+    with a contrast of a few units in the last place."""
+    colours = torch.tensor(list(itertools.product([0.0, 0.5, 1.0], repeat=3)))  # [27, 3]
+    faint = 0.6 + 2**-22 * colours
+    x = torch.cat([colours, faint]).T[None, :, :, None].repeat(13, 1, 1, 1)
+    shift = torch.linspace(-0.5, 0.5, 13)
+    expected = [TF.adjust_hue(image, float(s)) for image, s in zip(x, shift, strict=True)]
+    close(common.shift_hue(x, shift), torch.stack(expected))
 
 
 @pytest.mark.parametrize("kernel_size", [3, 5, 9, 23])
