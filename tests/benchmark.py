@@ -5,8 +5,9 @@
 
 The arms take turns in one process, each time in another order, in blocks of a few steps, so that a
 machine that slows down or speeds up does so for all of them; a figure is the median over blocks,
-with the quartiles beside it. Flags other than its own go to simclr.py, whose presets hold. A step
-here is forward, loss, backward, optimiser and EMA; training also adds up what it logs.
+with the quartiles beside it, and a comparison the median of the blocks' ratios. Flags other than
+its own go to simclr.py, whose presets hold. A step here is forward, loss, backward, optimiser and
+EMA; training also adds up what it logs.
 
 data     cached   SimCLR's step on views that are there already
          real     the same step fed by the training pipeline: gather, draw, augment, normalise
@@ -333,12 +334,13 @@ def flops(model, size):
 
 def table(found, args, images, base, per_image, ceiling):
     """Print the arms of a group and return them for the JSON. per_image: FLOP, None if unknown."""
-    rows, reference = {}, statistics.median(found[base]["ms"])
+    rows, reference = {}, found[base]["ms"]
     print(f"\n{'arm':17}{'ms/step':>9}{'quartiles':>16}{'img/s':>8}{'s/epoch':>8}"
           f"{'over ' + base:>13}{'TFLOP/s':>9}{'of max':>7}{'peak GB':>9}")  # fmt: skip
     for name, row in found.items():
         low, median, high = statistics.quantiles(row["ms"], n=4)
-        rate, over = 1e3 * args.batch_size / median, 100 * (median / reference - 1)
+        rate, ratios = 1e3 * args.batch_size / median, zip(row["ms"], reference, strict=True)
+        over = 100 * (statistics.median(ms / other for ms, other in ratios) - 1)
         row |= {"ms": median, "ms_blocks": row["ms"], "images_per_second": rate}
         row |= {"seconds_per_epoch": images / rate, "percent_over_base": over}
         text = f"{name:17}{median:9.1f}{low:8.1f}-{high:7.1f}{rate:8.0f}{images / rate:8.1f}"
@@ -352,6 +354,12 @@ def table(found, args, images, base, per_image, ceiling):
         print(text + (f"{row['peak_gb']:9.1f}" if "peak_gb" in row else ""))
         rows[name] = row
     return rows
+
+
+def how_many_times(rows, slow, fast):
+    """The median over blocks of slow / fast, of arms of one table."""
+    pairs = zip(rows[slow]["ms_blocks"], rows[fast]["ms_blocks"], strict=True)
+    return statistics.median(a / b for a, b in pairs)
 
 
 def knn_cost(model, data, args, seconds_per_epoch):
@@ -416,6 +424,10 @@ def main():
         base, counted = ("simclr", None) if group == "methods" else ("cached", per_image)
         found = measure(how[group](), run)
         result[group] = table(found, run, len(data.pretrain), base, counted, ceiling)
+        if group == "data":
+            names = "pil 0", f"pil {run.workers}", "usual", "plain"
+            result["times_real"] = {x: how_many_times(result[group], x, "real") for x in names}
+            print("against real:", *(f"{k} {v:.2f}" for k, v in result["times_real"].items()))
     if "data" in wanted and data.test is not None:
         result["knn"] = knn_cost(model, data, run, result["data"]["real"]["seconds_per_epoch"])
     if args.json:
