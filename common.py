@@ -961,24 +961,25 @@ def resampling_matrix(start, length, size_in, size_out, interpolation, mirror=No
     (bicubic), widened by the reduction, cut off at the border of the crop, normalised."""
     length, start = length.float()[:, None, None], start.float()[:, None, None]
     step = length / size_out  # input pixels per output pixel
+    reach = step.clamp(min=1)  # of the filter
     place = torch.arange(size_out, device=start.device)[:, None]
     if mirror is not None:
         place = torch.where(mirror[:, None, None], size_out - 1 - place, place)
-    centre = (place + 0.5) * step
+    centre = (place + 0.5) * step / reach
     pixel = torch.arange(size_in, device=start.device) - start  # counted from the crop's border
-    t = ((pixel + 0.5 - centre) / step.clamp(min=1)).abs_()
+    outside = (pixel < 0) | (pixel >= length)
+    t = (((pixel + 0.5) / reach).masked_fill(outside, math.inf) - centre).abs_()
     weight = u = (1 - t).clamp_(min=0)
     if interpolation == "bicubic":  # both pieces of the cubic, by what is left to their ends
         v = (2 - t).clamp_(min=0)
         weight = (1 - 2 * u).mul_(u).mul_(u).add_((v - 1).mul_(v).mul_(v), alpha=0.5)
     elif interpolation != "bilinear":
         raise ValueError(f"interpolation {interpolation!r} is neither 'bilinear' nor 'bicubic'")
-    weight.mul_((pixel >= 0) & (pixel < length))
     return weight.div_(weight.sum(-1, keepdim=True))
 
 
 def resized_crop(x, top, left, height, width, size, flip=None, interpolation="bicubic"):
-    """Crop each image, resize the crop, mirror it where `flip`: two batched matrix products.
+    """Crop each image, resize the crop, mirror it where `flip`: batched matrix products.
 
     x: float [B, C, H, W] in [0, 1]. top, left, height, width: [B], pixels. size: int or (h, w).
     flip: bool [B] or None. Returns [B, C, h, w], equal to torchvision's antialiased resized_crop
@@ -987,7 +988,8 @@ def resized_crop(x, top, left, height, width, size, flip=None, interpolation="bi
     rows = resampling_matrix(top, height, x.shape[2], out_h, interpolation)
     columns = resampling_matrix(left, width, x.shape[3], out_w, interpolation, flip)
     narrow = x.flatten(1, 2) @ columns.mT.to(x.dtype)  # [B, C H, w]
-    return rows[:, None].to(x.dtype) @ narrow.unflatten(1, x.shape[1:3])
+    narrow = narrow.unflatten(1, x.shape[1:3])
+    return torch.stack([rows.to(x.dtype) @ channel for channel in narrow.unbind(1)], 1)
 
 
 def luma(x):
@@ -1032,22 +1034,25 @@ def color_jitter(x, brightness, contrast, saturation, hue, order):
     Without branches: the hue has one slot, with three slots before it and three after for the
     rest; in a slot that an image does not need, the factor is 1 and nothing changes."""
     factors = torch.stack([brightness, contrast, saturation, hue], 1).gather(1, order)
-    hue_at, x = (order == 3).int().argmax(1), x.clone()
+    hue_at, place = order.argmax(1, keepdim=True), torch.arange(4, device=x.device)
+    wanted = torch.cat([place[:3] < hue_at, place[1:] > hue_at], 1)  # [B, 6], as all below
+    factor = torch.cat([factors[:, :3], factors[:, 1:]], 1).masked_fill(~wanted, 1)
+    kind = torch.cat([order[:, :3], order[:, 1:]], 1)
+    # f * x + (1 - f) * black for brightness, mean gray for contrast, gray for saturation.
+    shares = torch.stack([factor, (1 - factor) * (kind == 1), (1 - factor) * (kind == 2)])
+    shares, x = shares.to(x.dtype)[..., None, None, None], x.clone()
 
-    def blend(x, position, wanted):
-        # f * x + (1 - f) * black for brightness, mean gray for contrast, gray for saturation.
-        kind, factor = order[:, position], factors[:, position].masked_fill(~wanted, 1)
-        shares = factor, (1 - factor) * (kind == 1), (1 - factor) * (kind == 2)
-        of_image, of_mean, of_gray = (s.to(x.dtype).view(-1, 1, 1, 1) for s in shares)
+    def blend(x, slot):
+        of_image, of_mean, of_gray = shares[:, :, slot]
         gray = luma(x)
         mean = gray.mean((2, 3), keepdim=True).mul_(of_mean)
         return x.mul_(of_image).add_(gray.mul_(of_gray).add_(mean)).clamp_(0, 1)
 
-    for position in 0, 1, 2:
-        x = blend(x, position, position < hue_at)
+    for slot in 0, 1, 2:
+        x = blend(x, slot)
     x = shift_hue(x, hue)
-    for position in 1, 2, 3:
-        x = blend(x, position, position > hue_at)
+    for slot in 3, 4, 5:
+        x = blend(x, slot)
     return x
 
 
@@ -1176,26 +1181,27 @@ class Augment:
         policy, what auto_augment takes, on the CPU."""
 
         def uniform(low, high):
-            return torch.empty(n, device=rng.device).uniform_(low, high, generator=rng)
+            return torch.empty(many, **at).uniform_(low, high, generator=rng)
 
-        drawn = []
-        for r in self.recipes:
-            how = {"device": rng.device, "generator": rng}
+        at, drawn = {"device": rng.device}, []
+        how = at | {"generator": rng}
+        for r, alike in itertools.groupby(self.recipes):  # views of one recipe at once
+            many = n * len(list(alike))
             if r.pad:
                 side = min(height, width) - 2 * r.pad
-                box = torch.full((n,), side, device=rng.device)
+                box = torch.full((many,), side, **at)
                 place = [uniform(0, free + 1).long().clamp(max=free) for free in
                          (height - side, width - side)]  # fmt: skip
                 crop = *place, box, box
             else:
-                crop = random_resized_crop_params(n, height, width, r.scale, **how)
+                crop = random_resized_crop_params(many, height, width, r.scale, **how)
             d = dict(zip(("top", "left", "height", "width"), crop, strict=True))
             d |= {"flip": uniform(0, 1) < 0.5, "gray": uniform(0, 1) < r.gray_p}
             plain = uniform(0, 1) >= r.jitter_p  # masked_fill: where() would copy from the host
             for name, spread in zip(FACTORS, r.jitter[:3], strict=True):
                 d[name] = uniform(max(0, 1 - spread), 1 + spread).masked_fill(plain, 1)
             d["hue"] = uniform(-r.jitter[3], r.jitter[3]).masked_fill(plain, 0)
-            d["order"] = torch.rand(n, 4, **how).argsort(1)
+            d["order"] = torch.rand(many, 4, **how).argsort(1)
             sharp = uniform(0, 1) >= r.blur_p
             d["sigma"] = uniform(0.1, 2.0).masked_fill(sharp, 0)  # SimCLR's range
             d["solarize"] = uniform(0, 1) < r.solarize_p

@@ -244,11 +244,11 @@ MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.25)
 
 
 def test_draws_follow_the_recipes():
-    n = 6000
-    d = common.Augment([FIRST, SECOND], 32, MEAN, STD).draw(n, 40, 48, rng())
-    assert all(len(value) == 2 * n for value in d.values())
-    for recipe, part in (FIRST, slice(n)), (SECOND, slice(n, None)):
-        view = {key: value[part] for key, value in d.items()}
+    n, recipes = 6000, [FIRST, FIRST, SECOND, FIRST]  # equal neighbours are drawn together
+    d = common.Augment(recipes, 32, MEAN, STD).draw(n, 40, 48, rng())
+    assert all(len(value) == 4 * n for value in d.values())
+    for i, recipe in enumerate(recipes):
+        view = {key: value[i * n : (i + 1) * n] for key, value in d.items()}
         jittered = (view["hue"] != 0).double().mean()
         for share, p in (
             (view["flip"], 0.5),

@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: MIT
+"""Two processes against one, in fp32. Run by hand, not a test: test_distributed.py does it exactly.
+
+    python tests/processes.py --json processes.json --optimizer sgd --lr 1e-3 --lr-scaling none
+
+Each method trains two epochs on shapes by one process with two threads and by two with one each.
+Given are the relative differences of the first epoch's loss and, at the end, of the encoder's
+weights (the norm of the difference, of all weights together). With --rounding also by one process
+with one thread: it differs by nothing but the order of sums. Flags other than its own go to the
+methods, whose presets hold.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from benchmark import METHODS, common
+
+ROOT = Path(__file__).resolve().parent.parent
+FIXED = "--dataset shapes --epochs 2 --precision fp32 --device cpu --knn-every 0".split()
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+WAYS = {"one": ([], 2), "two": (TORCHRUN, 1), "rounding": ([], 1)}  # words before, threads
+
+
+def train(way, name, flags, out):
+    """(loss of the first epoch, the encoder's weights in one vector) of a run."""
+    (before, threads), (module, own) = WAYS[way], METHODS[name]
+    words = [sys.executable, *before, ROOT / f"{module.__name__}.py", *FIXED, *own, *flags]
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    done = subprocess.run(
+        [*map(str, words), "--out", out], env=environment, capture_output=True, text=True
+    )
+    common.check(done.returncode == 0, f"{name}: {done.stderr.strip()[-500:]}")
+    log = [json.loads(line) for line in Path(out, "log.jsonl").read_text().splitlines()]
+    encoder = common.load_file(Path(out, "encoder.pt"))["state_dict"]
+    weights = [w for key, w in encoder.items() if key.endswith((".weight", ".bias"))]
+    return log[0]["loss"], torch.cat([w.flatten().double() for w in weights])
+
+
+def main():
+    parser = common.Parser(__doc__)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="some")
+    parser.add_argument("--rounding", action="store_true", help="one process with one thread, too")
+    parser.add_argument("--json", help="file to write the figures to")
+    args, flags = parser.parse_known_args()
+    others = ["two", "rounding"] if args.rounding else ["two"]
+    rows = {}
+    for name in args.methods:
+        with tempfile.TemporaryDirectory() as folder:
+            runs = {x: train(x, name, flags, str(Path(folder, x))) for x in ["one", *others]}
+        loss, weights = runs["one"]
+        rows[name] = {"loss": loss}
+        text = f"{name:13} loss {loss:8.4f}"
+        for way in others:
+            apart = abs(runs[way][0] / loss - 1)
+            far = float((runs[way][1] - weights).norm() / weights.norm())
+            rows[name] |= {f"loss_{way}": apart, f"weights_{way}": far}
+            text += f"   {way}: loss {apart:.1e}, weights {far:.1e}"
+        print(text, flush=True)
+    if args.json:
+        args.device = "cpu"
+        common.write_json({"methods": rows} | common.describe(args), args.json)
+
+
+if __name__ == "__main__":
+    common.run(main)
