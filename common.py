@@ -13,8 +13,7 @@
     training                            prepare, train
 
 A method is a plain nn.Module with `.backbone`, `forward(views, y) -> (loss, terms)` and, where it
-needs them, `after_step(progress)` and `epoch_figures() -> {name: float}`, which go into the log.
-Everything here is indifferent to which method that is.
+needs one, `after_step(progress)`. Everything here is indifferent to which method that is.
 """
 
 import argparse
@@ -961,13 +960,13 @@ def resampling_matrix(start, length, size_in, size_out, interpolation, mirror=No
     (bicubic), widened by the reduction, cut off at the border of the crop, normalised."""
     length, start = length.float()[:, None, None], start.float()[:, None, None]
     step = length / size_out  # input pixels per output pixel
-    reach = step.clamp(min=1)  # of the filter
+    reach = step.clamp(min=1)  # of the filter, the unit of all below
     place = torch.arange(size_out, device=start.device)[:, None]
     if mirror is not None:
         place = torch.where(mirror[:, None, None], size_out - 1 - place, place)
     centre = (place + 0.5) * step / reach
     pixel = torch.arange(size_in, device=start.device) - start  # counted from the crop's border
-    outside = (pixel < 0) | (pixel >= length)
+    outside = (pixel < 0) | (pixel >= length)  # far away, with weight 0
     t = (((pixel + 0.5) / reach).masked_fill(outside, math.inf) - centre).abs_()
     weight = u = (1 - t).clamp_(min=0)
     if interpolation == "bicubic":  # both pieces of the cubic, by what is left to their ends
@@ -989,6 +988,7 @@ def resized_crop(x, top, left, height, width, size, flip=None, interpolation="bi
     columns = resampling_matrix(left, width, x.shape[3], out_w, interpolation, flip)
     narrow = x.flatten(1, 2) @ columns.mT.to(x.dtype)  # [B, C H, w]
     narrow = narrow.unflatten(1, x.shape[1:3])
+    # rows[:, None] @ narrow would copy the rows for each channel.
     return torch.stack([rows.to(x.dtype) @ channel for channel in narrow.unbind(1)], 1)
 
 
@@ -1011,14 +1011,16 @@ def solarize(x, threshold=128 / 255):
 def shift_hue(x, shift):
     """Turn the hue of x [B, 3, H, W] by shift [B], in turns; HSV's saturation and value stay.
 
-    Let h be the hue in sixths of a turn, counted from cyan, in [-3, 3]. With the channels scaled so
-    that the largest is 1 and the smallest 0, |h| = 2 + r - g - b, and h < 0 where g > b. The way
-    back is as short: each channel is a trapezoid of h, such as clamp(|h| - 1, 0, 1) for red."""
+    Let h be the hue in sixths of a turn from cyan, in [-3, 3]: green at -1, blue at 1, red at +-3.
+    With the channels scaled so that the largest is 1 and the smallest 0, |h| = 2 + r - g - b, in
+    whatever order they are, and h < 0 where g > b. Back: red is clamp(|h| - 1, 0, 1), green
+    clamp(2 - |h + 1|, 0, 1), blue clamp(2 - |h - 1|, 0, 1)."""
     r, g, b = x.split(1, 1)
     low = r.minimum(g).minimum(b)
     chroma = r.maximum(g).maximum(b).sub_(low)
     divisor = chroma.clamp(min=torch.finfo(x.dtype).tiny)  # gray has no hue: any will do
-    h = (r - g).add_(low - b).div_(divisor).add_(2).copysign_(b - g)
+    h = (r - g).add_(low - b)  # (r - low) - (g - low) - (b - low)
+    h.div_(divisor).add_(2).copysign_(b - g)
     h.add_(6 * shift.to(x.dtype).view(-1, 1, 1, 1))
     h.sub_((h / 6).round_(), alpha=6)
     trapezoid = torch.cat([h.abs().sub_(1), 2 - (h + 1).abs_(), 2 - (h - 1).abs_()], 1)
@@ -1034,15 +1036,16 @@ def color_jitter(x, brightness, contrast, saturation, hue, order):
     Without branches: the hue has one slot, with three slots before it and three after for the
     rest; in a slot that an image does not need, the factor is 1 and nothing changes."""
     factors = torch.stack([brightness, contrast, saturation, hue], 1).gather(1, order)
-    hue_at, place = order.argmax(1, keepdim=True), torch.arange(4, device=x.device)
+    hue_at = order.argmax(1, keepdim=True)  # 3 is the largest
+    place = torch.arange(4, device=x.device)
     wanted = torch.cat([place[:3] < hue_at, place[1:] > hue_at], 1)  # [B, 6], as all below
     factor = torch.cat([factors[:, :3], factors[:, 1:]], 1).masked_fill(~wanted, 1)
     kind = torch.cat([order[:, :3], order[:, 1:]], 1)
-    # f * x + (1 - f) * black for brightness, mean gray for contrast, gray for saturation.
+    # Each slot mixes the image with black (brightness), its mean gray (contrast) or its gray.
     shares = torch.stack([factor, (1 - factor) * (kind == 1), (1 - factor) * (kind == 2)])
     shares, x = shares.to(x.dtype)[..., None, None, None], x.clone()
 
-    def blend(x, slot):
+    def blend(x, slot):  # in place
         of_image, of_mean, of_gray = shares[:, :, slot]
         gray = luma(x)
         mean = gray.mean((2, 3), keepdim=True).mul_(of_mean)
@@ -1180,12 +1183,13 @@ class Augment:
         saturation (factors), hue (turns), order [V * n, 4], sigma (pixels, 0 for no blur); with a
         policy, what auto_augment takes, on the CPU."""
 
+        at, drawn = {"device": rng.device}, []
+        how = at | {"generator": rng}
+
         def uniform(low, high):
             return torch.empty(many, **at).uniform_(low, high, generator=rng)
 
-        at, drawn = {"device": rng.device}, []
-        how = at | {"generator": rng}
-        for r, alike in itertools.groupby(self.recipes):  # views of one recipe at once
+        for r, alike in itertools.groupby(self.recipes):  # neighbours of one recipe at once
             many = n * len(list(alike))
             if r.pad:
                 side = min(height, width) - 2 * r.pad
@@ -1239,7 +1243,7 @@ class Augment:
         if any(r.jitter_p for r in self.recipes):
             x = color_jitter(x, *(d[key] for key in (*FACTORS, "hue", "order")))
         if any(r.gray_p for r in self.recipes):
-            gray = d["gray"].view(-1, 1, 1, 1).float()
+            gray = d["gray"].view(-1, 1, 1, 1).float()  # where() is slower on a CPU
             x = (x * (1 - gray)).add_(luma(x).mul_(gray))
         if any(r.blur_p for r in self.recipes):
             x = gaussian_blur(x, d["sigma"], self.kernel_size)
@@ -1581,9 +1585,6 @@ class MutualInformation(nn.Module):
     def after_step(self, progress):
         if hasattr(self.method, "after_step"):
             self.method.after_step(progress)
-
-    def epoch_figures(self):
-        return getattr(self.method, "epoch_figures", dict)()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2163,8 +2164,6 @@ def train_until(stop, method, model, data, recipes, args):
 
         entry = {"epoch": epoch, "step": step}
         entry |= {key: float(value) / steps for key, value in mean_terms(sums).items()}
-        if hasattr(model, "epoch_figures"):
-            entry |= model.epoch_figures()
         lr = learning_rate(step - 1, total, args.warmup_epochs * steps, args.scaled_lr)
         entry |= {"lr": lr, "images_per_second": round(bar.rate(steps), 1)} | apart
         sums, apart = {}, {}

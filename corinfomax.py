@@ -118,23 +118,20 @@ class CorInfoMax(nn.Module):
         """views: V of [B, 3, H, W]; y: [B], not used. Returns (loss, terms).
 
         loss_inv, ldmi (S003 eq. 3.6): of the batch, views 1 and 2; ldmi says nothing with B <= 2D,
-        as on shapes. S003 figures 5.1, 5.2."""
+        as on shapes. eig_...: quantiles of the eigenvalues of R1, from the least to the largest.
+        S003 figures 5.1-5.3."""
         z = common.each_view(views, self.concat_views, self.backbone, self.projector)
         z = common.gather(z)  # V of [B, D], from all processes
         pairs = list(itertools.combinations(z, 2))
         loss = sum(self.criterion(z1, z2) for z1, z2 in pairs) / len(pairs)
         with torch.no_grad():
             unit = [F.normalize(z_v.double(), dim=1, eps=1e-4) for z_v in z[:2]]
+            eigenvalues = torch.linalg.eigvalsh(self.criterion.R1)  # [D], rising
+            last = len(eigenvalues) - 1
+            places = {"min": 0, "25": last // 4, "50": last // 2, "75": 3 * last // 4, "max": last}
+            terms = {f"eig_{name}": eigenvalues[i] for name, i in places.items()}
             mse = (unit[0] - unit[1]).square().mean()
-            return loss, {"loss_inv": mse, "ldmi": ldmi(*unit, self.criterion.eps)}
-
-    def epoch_figures(self):
-        """Quantiles of R1's eigenvalues, from the least to the largest (S003 figure 5.3): once an
-        epoch, since to get them is to wait for the GPU."""
-        eigenvalues = torch.linalg.eigvalsh(self.criterion.R1).tolist()  # [D], rising
-        last = len(eigenvalues) - 1
-        places = {"min": 0, "25": last // 4, "50": last // 2, "75": 3 * last // 4, "max": last}
-        return {f"eig_{name}": eigenvalues[i] for name, i in places.items()}
+            return loss, {"loss_inv": mse, "ldmi": ldmi(*unit, self.criterion.eps), **terms}
 
 
 # S003: chapter 5.2 and appendix B; what the README of serdarozsoy/corinfomax-ssl has otherwise.

@@ -279,9 +279,10 @@ def accuracy(argv, seeds):
 
 
 def measure(arms, args):
-    """{name: {"ms": [milliseconds of a step in each block], ...}}. Before the first block each arm
-    warms up, with compilation: `warmup_seconds`. `peak_gb`, on a GPU: of its steps alone."""
-    found = {name: {"ms": []} for name in arms}
+    """{name: {"ms_blocks": [milliseconds of a step in each block], ...}}. Before the first block
+    each arm warms up, with compilation: `warmup_seconds`. `peak_gb`, on a GPU: of its steps alone.
+    """
+    found = {name: {"ms_blocks": []} for name in arms}
     device, cuda = torch.device(args.device), args.device.startswith("cuda")
     wait = functools.partial(torch.cuda.synchronize, device) if cuda else lambda: None
     for block in range(args.blocks + 1):
@@ -304,7 +305,7 @@ def measure(arms, args):
             if cuda:
                 row["peak_gb"] = (torch.cuda.max_memory_allocated(device) - before) / 1e9
             if block:
-                row["ms"].append(1e3 * seconds / repeats)
+                row["ms_blocks"].append(1e3 * seconds / repeats)
             else:
                 row["warmup_seconds"] = seconds
     return found
@@ -319,7 +320,7 @@ def ceilings(args):
     target = torch.empty_like(source)
     arms = {"matmul": lambda: a @ b, "copy": lambda: target.copy_(source)}
     many = argparse.Namespace(device=args.device, compile="off", blocks=5, steps=5)
-    ms = {name: min(row["ms"]) for name, row in measure(arms, many).items()}
+    ms = {name: min(row["ms_blocks"]) for name, row in measure(arms, many).items()}
     return {"matmul_tflops": 2 * n**3 / ms["matmul"] / 1e9,
             "copy_gb_per_s": 2 * source.numel() / ms["copy"] / 1e6}  # fmt: skip
 
@@ -332,16 +333,21 @@ def flops(model, size):
     return counter.get_total_flops() / 2
 
 
+def times(slow, fast):
+    """How many times as long an arm takes as another: the median over the blocks."""
+    pairs = zip(slow["ms_blocks"], fast["ms_blocks"], strict=True)
+    return statistics.median(a / b for a, b in pairs)
+
+
 def table(found, args, images, base, per_image, ceiling):
     """Print the arms of a group and return them for the JSON. per_image: FLOP, None if unknown."""
-    rows, reference = {}, found[base]["ms"]
+    rows = {}
     print(f"\n{'arm':17}{'ms/step':>9}{'quartiles':>16}{'img/s':>8}{'s/epoch':>8}"
           f"{'over ' + base:>13}{'TFLOP/s':>9}{'of max':>7}{'peak GB':>9}")  # fmt: skip
     for name, row in found.items():
-        low, median, high = statistics.quantiles(row["ms"], n=4)
-        rate, ratios = 1e3 * args.batch_size / median, zip(row["ms"], reference, strict=True)
-        over = 100 * (statistics.median(ms / other for ms, other in ratios) - 1)
-        row |= {"ms": median, "ms_blocks": row["ms"], "images_per_second": rate}
+        low, median, high = statistics.quantiles(row["ms_blocks"], n=4)
+        rate, over = 1e3 * args.batch_size / median, 100 * (times(row, found[base]) - 1)
+        row |= {"ms": median, "images_per_second": rate}
         row |= {"seconds_per_epoch": images / rate, "percent_over_base": over}
         text = f"{name:17}{median:9.1f}{low:8.1f}-{high:7.1f}{rate:8.0f}{images / rate:8.1f}"
         text += " " * 13 if name == "views" else f"{over:+12.1f}%"
@@ -354,12 +360,6 @@ def table(found, args, images, base, per_image, ceiling):
         print(text + (f"{row['peak_gb']:9.1f}" if "peak_gb" in row else ""))
         rows[name] = row
     return rows
-
-
-def how_many_times(rows, slow, fast):
-    """The median over blocks of slow / fast, of arms of one table."""
-    pairs = zip(rows[slow]["ms_blocks"], rows[fast]["ms_blocks"], strict=True)
-    return statistics.median(a / b for a, b in pairs)
 
 
 def knn_cost(model, data, args, seconds_per_epoch):
@@ -425,9 +425,10 @@ def main():
         found = measure(how[group](), run)
         result[group] = table(found, run, len(data.pretrain), base, counted, ceiling)
         if group == "data":
-            names = "pil 0", f"pil {run.workers}", "usual", "plain"
-            result["times_real"] = {x: how_many_times(result[group], x, "real") for x in names}
-            print("against real:", *(f"{k} {v:.2f}" for k, v in result["times_real"].items()))
+            names, real = ("pil 0", f"pil {run.workers}", "usual", "plain"), found["real"]
+            result["times_real"] = {name: times(found[name], real) for name in names}
+            words = (f"{name} {value:.2f}" for name, value in result["times_real"].items())
+            print("times as long as real:", ", ".join(words))
     if "data" in wanted and data.test is not None:
         result["knn"] = knn_cost(model, data, run, result["data"]["real"]["seconds_per_epoch"])
     if args.json:

@@ -160,6 +160,12 @@ def test_benchmark_measures_every_arm(folder):
         for name, row in found[group].items():
             assert len(row["ms_blocks"]) == 2 and name in table
             assert row["seconds_per_epoch"] == pytest.approx(64 * row["ms"] / 16e3)
+            ratios = zip(row["ms_blocks"], found[group][base]["ms_blocks"], strict=True)
+            over = 100 * (sum(a / b for a, b in ratios) / 2 - 1)  # the median of two
+            assert row["percent_over_base"] == pytest.approx(over, abs=1e-6)
+    assert found["times_real"].keys() == {"pil 0", "usual", "plain"}
+    blocks = zip(*(found["data"][x]["ms_blocks"] for x in ("plain", "real")), strict=True)
+    assert found["times_real"]["plain"] == pytest.approx(sum(a / b for a, b in blocks) / 2)
     assert "expected some of data" in fail("benchmark", *argv, "--groups", "speed")
     assert "two views" in fail("benchmark", *argv, "--views", "3")
 
