@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: MIT
 """Two processes against one, in fp32. Run by hand; test_distributed.py is the test, in float64.
 
-    python tests/processes.py --json processes.json --flags="--optimizer sgd --lr 1e-3"
+    python tests/processes.py --json processes.json --flags="--optimizer sgd --lr 1e-5"
 
 Each method trains two epochs on shapes by one process with two threads and by two with one each.
 Given are the relative differences of the first epoch's loss and, at the end, of the encoder's
 weights (the norm of the difference, of all weights together). With --rounding also by one process
 with one thread, which differs by nothing but the order of sums: two processes should differ by
-about as much. Adam, the preset, makes whole steps of gradients that are rounding alone, so with it
-any two runs drift apart; SGD with a small rate shows more.
+about as much. At a preset's rate rounding takes any two runs apart within an epoch; a small one
+shows what the processes do.
 """
 
 import json
