@@ -969,9 +969,10 @@ def resampling_matrix(start, length, size_in, size_out, interpolation, mirror=No
     outside = (pixel < 0) | (pixel >= length)  # far away, with weight 0
     t = (((pixel + 0.5) / reach).masked_fill(outside, math.inf) - centre).abs_()
     weight = u = (1 - t).clamp_(min=0)
-    if interpolation == "bicubic":  # both pieces of the cubic, by what is left to their ends
-        v = (2 - t).clamp_(min=0)
-        weight = (1 - 2 * u).mul_(u).mul_(u).add_((v - 1).mul_(v).mul_(v), alpha=0.5)
+    if interpolation == "bicubic":  # both pieces of the cubic, by what is left to their ends:
+        v = t.neg_().add_(2).clamp_(min=0)  # u^2 (1 - 2 u) + v^2 (v - 1) / 2
+        weight = torch.addcmul(u, u, u, value=-2).mul_(u)
+        weight.addcmul_(torch.addcmul(v, v, v, value=-1), v, value=-0.5)
     elif interpolation != "bilinear":
         raise ValueError(f"interpolation {interpolation!r} is neither 'bilinear' nor 'bicubic'")
     return weight.div_(weight.sum(-1, keepdim=True))
@@ -1043,13 +1044,14 @@ def color_jitter(x, brightness, contrast, saturation, hue, order):
     kind = torch.cat([order[:, :3], order[:, 1:]], 1)
     # Each slot mixes the image with black (brightness), its mean gray (contrast) or its gray.
     shares = torch.stack([factor, (1 - factor) * (kind == 1), (1 - factor) * (kind == 2)])
-    shares, x = shares.to(x.dtype)[..., None, None, None], x.clone()
+    shares = shares.to(x.dtype)[..., None, None, None]
 
-    def blend(x, slot):  # in place
+    def blend(x, slot):  # in place, but for the caller's x
         of_image, of_mean, of_gray = shares[:, :, slot]
         gray = luma(x)
         mean = gray.mean((2, 3), keepdim=True).mul_(of_mean)
-        return x.mul_(of_image).add_(gray.mul_(of_gray).add_(mean)).clamp_(0, 1)
+        x = x * of_image if slot == 0 else x.mul_(of_image)
+        return x.add_(gray.mul_(of_gray).add_(mean)).clamp_(0, 1)
 
     for slot in 0, 1, 2:
         x = blend(x, slot)
@@ -1244,7 +1246,8 @@ class Augment:
             x = color_jitter(x, *(d[key] for key in (*FACTORS, "hue", "order")))
         if any(r.gray_p for r in self.recipes):
             gray = d["gray"].view(-1, 1, 1, 1).float()  # where() is slower on a CPU
-            x = (x * (1 - gray)).add_(luma(x).mul_(gray))
+            to_add = luma(x).mul_(gray)
+            x = x.mul_(1 - gray).add_(to_add)
         if any(r.blur_p for r in self.recipes):
             x = gaussian_blur(x, d["sigma"], self.kernel_size)
         if any(r.solarize_p for r in self.recipes):
