@@ -1024,8 +1024,11 @@ def shift_hue(x, shift):
     h.div_(divisor).add_(2).copysign_(b - g)
     h.add_(6 * shift.to(x.dtype).view(-1, 1, 1, 1))
     h.sub_((h / 6).round_(), alpha=6)
-    trapezoid = torch.cat([h.abs().sub_(1), 2 - (h + 1).abs_(), 2 - (h - 1).abs_()], 1)
-    return trapezoid.clamp_(0, 1).mul_(chroma).add_(low)
+    offset = torch.arange(1, 4, device=x.device, dtype=x.dtype) % 3 - 1  # 0, 1, -1
+    far = (h + offset.view(3, 1, 1)).abs_()  # from cyan, green, blue
+    far[:, :1].sub_(1)
+    far[:, 1:].neg_().add_(2)
+    return far.clamp_(0, 1).mul_(chroma).add_(low)
 
 
 def color_jitter(x, brightness, contrast, saturation, hue, order):
