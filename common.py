@@ -969,8 +969,8 @@ def resampling_matrix(start, length, size_in, size_out, interpolation, mirror=No
     outside = (pixel < 0) | (pixel >= length)  # far away, with weight 0
     t = (((pixel + 0.5) / reach).masked_fill(outside, math.inf) - centre).abs_()
     weight = u = (1 - t).clamp_(min=0)
-    if interpolation == "bicubic":  # both pieces of the cubic, by what is left to their ends:
-        v = t.neg_().add_(2).clamp_(min=0)  # u^2 (1 - 2 u) + v^2 (v - 1) / 2
+    if interpolation == "bicubic":  # both pieces of the cubic, u^2 (1 - 2 u) + v^2 (v - 1) / 2
+        v = t.neg_().add_(2).clamp_(min=0)
         weight = torch.addcmul(u, u, u, value=-2).mul_(u)
         weight.addcmul_(torch.addcmul(v, v, v, value=-1), v, value=-0.5)
     elif interpolation != "bilinear":
@@ -1025,10 +1025,10 @@ def shift_hue(x, shift):
     h.add_(6 * shift.to(x.dtype).view(-1, 1, 1, 1))
     h.sub_((h / 6).round_(), alpha=6)
     offset = torch.arange(1, 4, device=x.device, dtype=x.dtype) % 3 - 1  # 0, 1, -1
-    far = (h + offset.view(3, 1, 1)).abs_()  # from cyan, green, blue
-    far[:, :1].sub_(1)
-    far[:, 1:].neg_().add_(2)
-    return far.clamp_(0, 1).mul_(chroma).add_(low)
+    y = (h + offset.view(3, 1, 1)).abs_()  # |h|, |h + 1|, |h - 1|
+    y[:, :1].sub_(1)
+    y[:, 1:].neg_().add_(2)
+    return y.clamp_(0, 1).mul_(chroma).add_(low)
 
 
 def color_jitter(x, brightness, contrast, saturation, hue, order):
@@ -1049,7 +1049,7 @@ def color_jitter(x, brightness, contrast, saturation, hue, order):
     shares = torch.stack([factor, (1 - factor) * (kind == 1), (1 - factor) * (kind == 2)])
     shares = shares.to(x.dtype)[..., None, None, None]
 
-    def blend(x, slot):  # in place, but for the caller's x
+    def blend(x, slot):  # in place, except in slot 0, where x is the caller's
         of_image, of_mean, of_gray = shares[:, :, slot]
         gray = luma(x)
         mean = gray.mean((2, 3), keepdim=True).mul_(of_mean)
@@ -1249,8 +1249,8 @@ class Augment:
             x = color_jitter(x, *(d[key] for key in (*FACTORS, "hue", "order")))
         if any(r.gray_p for r in self.recipes):
             gray = d["gray"].view(-1, 1, 1, 1).float()  # where() is slower on a CPU
-            to_add = luma(x).mul_(gray)
-            x = x.mul_(1 - gray).add_(to_add)
+            grayed = luma(x).mul_(gray)
+            x = x.mul_(1 - gray).add_(grayed)
         if any(r.blur_p for r in self.recipes):
             x = gaussian_blur(x, d["sigma"], self.kernel_size)
         if any(r.solarize_p for r in self.recipes):

@@ -11,7 +11,7 @@ EMA; training also adds up what it logs.
 
 data     cached   SimCLR's step on views that are there already
          real     the same step fed by the training pipeline: gather, draw, augment, normalise
-         views    the pipeline alone
+         views    the pipeline alone, a hundred times in a row for each step of a block
          pil N    the same step fed by torchvision's transforms on PIL images, N worker processes
          usual    the step as it is usually written, in the same precision: NCHW, a forward for each
                   view, the optimiser as torch chooses it, no compiler, loss.item() at every step,
@@ -289,7 +289,7 @@ def measure(arms, args):
         for name in random.Random(block).sample(list(arms), len(arms)):
             arm, row = arms[name], found[name]
             repeats = max(args.steps, 4 * getattr(arm, "workers", 0)) if block else 3
-            repeats *= 100 if name == "views" else 1  # the others leave its caches cold
+            repeats *= 100 if name == "views" else 1  # it is short: the rate that it can keep up
             getattr(arm, "begin", lambda: None)()
             if cuda:
                 torch.cuda.reset_peak_memory_stats(device)
