@@ -79,8 +79,9 @@ class BarlowTwins(nn.Module):
     def forward(self, views, y=None):
         """views: V of [B, 3, H, W]; y: [B], not used. Returns (loss, terms), the terms before
         loss_scale."""
-        z = common.each_view(views, self.concat_views, self.backbone, self.projector)
-        z = common.gather(z)  # V of [B, D], from all processes
+        h = common.forward_views(self.backbone, views, self.concat_views)  # V of [B, F]
+        z = common.forward_views(self.projector, h, self.concat_views)  # V of [B, D]
+        z = common.gather(z)  # from all processes
         pairs = list(itertools.combinations(z, 2))
         loss = sum(barlow_twins_loss(z1, z2, self.off_diag_weight) for z1, z2 in pairs) / len(pairs)
         with torch.no_grad():
@@ -140,10 +141,10 @@ PRESETS = {
 
 def main():
     parser, weight = common.base_parser(__doc__), common.number(float, 0)
-    parser.add_argument("--off-diag-weight", type=weight, default=0.0051, help="lambda")
-    parser.add_argument("--loss-scale", type=common.positive, default=1.0, help="of the whole loss")
-    parser.add_argument("--hidden-dim", type=common.count, default=8192, help="of the projector")
-    parser.add_argument("--dim", type=common.count, default=8192, help="of the projections, D")
+    parser.add_argument("--off-diag-weight", type=weight, help="lambda")
+    parser.add_argument("--loss-scale", type=common.positive, help="of the whole loss")
+    parser.add_argument("--hidden-dim", type=common.count, help="of the projector")
+    parser.add_argument("--dim", type=common.count, help="of the projections, D")
     args = common.parse_args(parser, PRESETS)
     data = common.prepare(args, "barlow_twins")
     backbone = common.resnet(args.arch, args.stem)

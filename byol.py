@@ -83,14 +83,15 @@ class BYOL(nn.Module):
 
     def forward(self, views, y=None):
         """views: V of [B, 3, H, W]; y: [B], not used. Returns (loss, terms)."""
-        z = common.each_view(views, self.concat_views, self.backbone, self.projector)  # V of [B, D]
-        p = common.each_view(z, self.concat_views, self.predictor)  # V of [B, D]
+        h = common.forward_views(self.backbone, views, self.concat_views)  # V of [B, F]
+        z = common.forward_views(self.projector, h, self.concat_views)  # V of [B, D]
+        p = common.forward_views(self.predictor, z, self.concat_views)  # V of [B, D]
         if self.ablate == "stop-gradient":
             z_target, loss_of = z, self.both_ways_loss
         else:
             loss_of = byol_loss
             with torch.no_grad():
-                z_target = common.each_view(views, self.concat_views, self.target)  # V of [B, D]
+                z_target = common.forward_views(self.target, views, self.concat_views)  # [B, D]
         # Not gathered from all processes: a mean over images is the mean of their parts' means.
         pairs = list(itertools.combinations(range(len(views)), 2))
         losses = [loss_of(p[i], z_target[j]) + loss_of(p[j], z_target[i]) for i, j in pairs]
@@ -110,7 +111,8 @@ class BYOL(nn.Module):
         progress: share of the steps that are done, from 0 to 1, where the decay reaches 1."""
         decay = 1 - (1 - self.ema_decay) * (math.cos(math.pi * progress) + 1) / 2
         online = [*self.backbone.parameters(), *self.projector.parameters()]
-        torch._foreach_lerp_(list(self.target.parameters()), online, 1 - decay)
+        for target, parameter in zip(self.target.parameters(), online, strict=True):
+            target.lerp_(parameter, 1 - decay)
 
 
 # deepmind: deepmind-research/byol; solo: vturrisi/solo-learn's yaml files; lightly: lightly-ai/
@@ -160,9 +162,9 @@ PRESETS = {
 
 def main():
     parser = common.base_parser(__doc__)
-    parser.add_argument("--ema-decay", type=common.fraction, default=0.996, help="tau_0, at start")
-    parser.add_argument("--hidden-dim", type=common.count, default=4096, help="of both heads")
-    parser.add_argument("--dim", type=common.count, default=256, help="of the projections, D")
+    parser.add_argument("--ema-decay", type=common.fraction, help="tau_0, at start")
+    parser.add_argument("--hidden-dim", type=common.count, help="of both heads")
+    parser.add_argument("--dim", type=common.count, help="of the projections, D")
     parser.add_argument("--ablate", choices=("predictor", "stop-gradient"), help="see it collapse")
     args = common.parse_args(parser, PRESETS)
     data = common.prepare(args, "byol")

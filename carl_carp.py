@@ -121,8 +121,10 @@ class CARLCARP(nn.Module):
 
     def forward(self, views, y=None):
         """views: V of [B, 3, H, W]; y: not used. Returns (loss, terms)."""
-        networks = self.backbone, self.projector, self.prototypes
-        scores = common.gather(common.each_view(views, self.concat_views, *networks))  # V of [B, K]
+        h = common.forward_views(self.backbone, views, self.concat_views)  # V of [B, F]
+        z = common.forward_views(self.projector, h, self.concat_views)  # V of [B, D]
+        scores = common.forward_views(self.prototypes, z, self.concat_views)  # V of [B, K]
+        scores = common.gather(scores)  # from all processes
         pairs = list(itertools.combinations(scores, 2))
         partition = torch.randperm(scores[0].shape[1], device=views[0].device)  # 6.3: every step
 
@@ -196,11 +198,11 @@ PRESETS = {
 def main():
     parser, weight = common.base_parser(__doc__), common.number(float, 0)
     parser.add_argument("--method", choices=("carl", "carp"), default="carl", help="see above")
-    parser.add_argument("--num-prototypes", type=common.count, default=100, help="K")
-    parser.add_argument("--num-blocks", type=common.count, default=12, help="N_P, for carp")
-    parser.add_argument("--kl-start", type=weight, default=4.0, help="lambda_e at first, b")
-    parser.add_argument("--kl-end", type=weight, default=1.5, help="lambda_e at last, a")
-    parser.add_argument("--kl-decay", type=common.fraction, default=0.5, help="share of the run, E")
+    parser.add_argument("--num-prototypes", type=common.count, help="K")
+    parser.add_argument("--num-blocks", type=common.count, help="N_P, for carp")
+    parser.add_argument("--kl-start", type=weight, help="lambda_e at first, b")
+    parser.add_argument("--kl-end", type=weight, help="lambda_e at last, a")
+    parser.add_argument("--kl-decay", type=common.fraction, help="share of the run, E")
     parser.add_argument("--hidden-dim", type=common.count, default=512, help="of the heads")
     parser.add_argument("--dim", type=common.count, default=128, help="of z, D, S001 128")
     parser.add_argument("--ablate", choices=("kl",), help="see it collapse")

@@ -120,8 +120,9 @@ class CorInfoMax(nn.Module):
         loss_inv, ldmi (S003 eq. 3.6): of the batch, views 1 and 2; ldmi says nothing with B <= 2D,
         as on shapes. eig_...: quantiles of the eigenvalues of R1, from the least to the largest.
         S003 figures 5.1-5.3."""
-        z = common.each_view(views, self.concat_views, self.backbone, self.projector)
-        z = common.gather(z)  # V of [B, D], from all processes
+        h = common.forward_views(self.backbone, views, self.concat_views)  # V of [B, F]
+        z = common.forward_views(self.projector, h, self.concat_views)  # V of [B, D]
+        z = common.gather(z)  # from all processes
         pairs = list(itertools.combinations(z, 2))
         loss = sum(self.criterion(z1, z2) for z1, z2 in pairs) / len(pairs)
         with torch.no_grad():
@@ -196,11 +197,11 @@ PRESETS = {
 
 def main():
     parser = common.base_parser(__doc__)
-    parser.add_argument("--alpha", type=common.number(float, 0), default=250.0, help="attraction")
-    parser.add_argument("--forgetting", type=common.fraction, default=0.01, help="lambda, the past")
+    parser.add_argument("--alpha", type=common.number(float, 0), help="attraction")
+    parser.add_argument("--forgetting", type=common.fraction, help="lambda, the past")
     parser.add_argument("--eps", type=common.number(float, 1e-15), default=1e-8, help="on diagonal")
-    parser.add_argument("--hidden-dim", type=common.count, default=2048, help="of the projector")
-    parser.add_argument("--dim", type=common.count, default=64, help="of the projections, D")
+    parser.add_argument("--hidden-dim", type=common.count, help="of the projector")
+    parser.add_argument("--dim", type=common.count, help="of the projections, D")
     on_off = {"action": argparse.BooleanOptionalAction, "default": False}
     parser.add_argument("--projector-bn", **on_off, help="batch norm in the projector")
     parser.add_argument("--ablate", choices=("logdet",), help="see it collapse")

@@ -65,18 +65,14 @@ class SimCLR(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.concat_views = True  # difference 3
-        self.projector = nn.Sequential(
-            nn.Linear(backbone.num_features, hidden_dim),
-            nn.BatchNorm1d(hidden_dim),
-            nn.ReLU(inplace=True),
-            nn.Linear(hidden_dim, dim),
-        )
+        self.projector = common.mlp(backbone.num_features, hidden_dim, dim)
         self.temperature = temperature
 
     def forward(self, views, y=None):
         """views: V of [B, 3, H, W]; y: [B], not used. Returns (loss, terms)."""
-        z = common.each_view(views, self.concat_views, self.backbone, self.projector)
-        z = common.gather(z)  # V of [B, D], from all processes
+        h = common.forward_views(self.backbone, views, self.concat_views)  # V of [B, F]
+        z = common.forward_views(self.projector, h, self.concat_views)  # V of [B, D]
+        z = common.gather(z)  # from all processes
         pairs = list(itertools.combinations(z, 2))
         loss = sum(nt_xent_loss(z1, z2, self.temperature) for z1, z2 in pairs) / len(pairs)
         return loss, {"mi_bound": math.log(2 * len(z[0]) - 1) - loss.detach()}
@@ -138,9 +134,9 @@ PRESETS = {
 
 def main():
     parser = common.base_parser(__doc__)
-    parser.add_argument("--temperature", type=common.positive, default=0.5, help="tau, paper .5")
-    parser.add_argument("--hidden-dim", type=common.count, default=512, help="of the projector")
-    parser.add_argument("--dim", type=common.count, default=128, help="of the projections, D")
+    parser.add_argument("--temperature", type=common.positive, help="tau, paper .5")
+    parser.add_argument("--hidden-dim", type=common.count, help="of the projector")
+    parser.add_argument("--dim", type=common.count, help="of the projections, D")
     args = common.parse_args(parser, PRESETS)
     data = common.prepare(args, "simclr")
     backbone = common.resnet(args.arch, args.stem)

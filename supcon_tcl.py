@@ -101,7 +101,9 @@ class SupConTCL(nn.Module):
 
     def forward(self, views, y):
         """views: V of [B, 3, H, W]; y: [B]. Returns (loss, terms)."""
-        z = common.gather(common.each_view(views, self.concat_views, self.backbone, self.head))
+        h = common.forward_views(self.backbone, views, self.concat_views)  # V of [B, F]
+        z = common.forward_views(self.head, h, self.concat_views)
+        z = common.gather(z)  # from all processes
         images = torch.arange(len(z[0]), device=z[0].device)  # each its own class
         y = images if self.self_supervised else common.gather([y])[0]  # from all processes
         z, y = torch.cat(z), y.repeat(len(views))  # [VB, D], or scores of the classes; [VB]
@@ -111,7 +113,7 @@ class SupConTCL(nn.Module):
             loss = tcl_loss(z, y, self.temperature, self.k1, self.k2)
         else:
             loss = supcon_loss(z, y, self.temperature)
-        return loss, {"labels_used": loss.new_full((), not self.self_supervised)}
+        return loss, {"labels_used": float(not self.self_supervised)}
 
 
 LOSSES = ("supcon", "tcl", "cross_entropy")
@@ -194,12 +196,12 @@ def main():
     parser, weight = common.base_parser(__doc__), common.number(float, 0)
     parser.add_argument("--loss", choices=LOSSES, default="supcon", help="see above")
     parser.add_argument("--self-supervised", action="store_true", help="use no labels")
-    parser.add_argument("--augment", choices=AUGMENTS, default="autoaugment", help="kind of views")
-    parser.add_argument("--temperature", type=common.positive, default=0.1, help="tau")
-    parser.add_argument("--k1", type=weight, default=5000.0, help="pull of hard positives, TCL")
-    parser.add_argument("--k2", type=weight, default=1.0, help="push of negatives, TCL")
-    parser.add_argument("--hidden-dim", type=common.count, default=512, help="of the projector")
-    parser.add_argument("--dim", type=common.count, default=128, help="of the projections, D")
+    parser.add_argument("--augment", choices=AUGMENTS, help="kind of views")
+    parser.add_argument("--temperature", type=common.positive, help="tau")
+    parser.add_argument("--k1", type=weight, help="pull of hard positives, TCL")
+    parser.add_argument("--k2", type=weight, help="push of negatives, TCL")
+    parser.add_argument("--hidden-dim", type=common.count, help="of the projector")
+    parser.add_argument("--dim", type=common.count, help="of the projections, D")
     args = common.parse_args(parser, PRESETS, "loss", "self_supervised")
     supervised, needless = not args.self_supervised, "--loss cross_entropy needs labels"
     common.check(supervised or args.loss != "cross_entropy", needless)

@@ -84,8 +84,9 @@ class VICReg(nn.Module):
 
     def forward(self, views, y=None):
         """views: V of [B, 3, H, W]; y: [B], not used. Returns (loss, terms)."""
-        z = common.each_view(views, self.concat_views, self.backbone, self.projector)
-        z = common.gather(z)  # V of [B, D], from all processes
+        h = common.forward_views(self.backbone, views, self.concat_views)  # V of [B, F]
+        z = common.forward_views(self.projector, h, self.concat_views)  # V of [B, D]
+        z = common.gather(z)  # from all processes
         pairs = list(itertools.combinations(z, 2))
 
         def mean_loss(*weights):
@@ -148,8 +149,8 @@ def main():
     parser.add_argument("--sim-weight", type=weight, default=25.0, help="lambda, paper 25")
     parser.add_argument("--var-weight", type=weight, default=25.0, help="mu, paper 25")
     parser.add_argument("--cov-weight", type=weight, default=1.0, help="nu, paper 1")
-    parser.add_argument("--hidden-dim", type=common.count, default=8192, help="of the expander")
-    parser.add_argument("--dim", type=common.count, default=8192, help="of the projections, D")
+    parser.add_argument("--hidden-dim", type=common.count, help="of the expander")
+    parser.add_argument("--dim", type=common.count, help="of the projections, D")
     parser.add_argument("--ablate", choices=("variance",), help="see it collapse")
     args = common.parse_args(parser, PRESETS)
     data = common.prepare(args, "vicreg")
