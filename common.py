@@ -620,14 +620,13 @@ class MutualInformation(nn.Module):
         self.method, self.kind, self.weight = method, kind, weight
         if kind == "rc":
             self.decoder = Decoder(method.backbone.num_features, image_size)
-        self.depths = {"layer2": 0.25, "layer3": 0.5} if kind == "lbe" and image_size <= 64 else {}
-        self.depths["backbone"], self.rho = 1.0, 1 / 20 if image_size <= 64 else 1 / 80
-        method.backbone.register_forward_hook(self.on_representation)
-        for name in list(self.depths)[:-1]:
-            method.backbone.get_submodule(name).register_forward_hook(
-                lambda _, __, maps, name=name: self.keep(name, full_precision(maps).mean((2, 3)))
-            )
-        self.kept = {}
+        self.depths, self.rho, self.kept = {"": 1.0}, 1 / 80, {}  # "": the backbone's output
+        if image_size <= 64:
+            self.rho = 1 / 20
+            self.depths |= {"layer2": 0.25, "layer3": 0.5} if kind == "lbe" else {}
+        for name in self.depths:
+            part = method.backbone.get_submodule(name)
+            part.register_forward_hook(lambda _, __, h, name=name: self.keep(name, h))
 
     @property
     def backbone(self):
@@ -639,7 +638,7 @@ class MutualInformation(nn.Module):
         kept = {name: [torch.cat(parts) for parts in zip(*pairs, strict=True)]
                 for name, pairs in self.kept.items()}  # fmt: skip
         self.kept = {}
-        mu, _ = kept["backbone"]  # [VB, F], view 1 first
+        mu, _ = kept[""]  # [VB, F], view 1 first
         if self.kind == "rc":
             pairs = zip(mu.chunk(len(views)), views, strict=True)
             term = sum((full_precision(self.decoder(h)) - x).square().mean() for h, x in pairs)
@@ -651,15 +650,15 @@ class MutualInformation(nn.Module):
             term = sum((h1 - h2).square().mean() for h1, h2 in pairs) / len(pairs)
         return loss + self.weight * term, {**terms, f"loss_{self.kind}": term.detach()}
 
-    def on_representation(self, backbone, inputs, h):
-        if self.training and torch.is_grad_enabled():
-            self.keep("backbone", full_precision(h))
-            return self.kept["backbone"][-1][1].to(h.dtype)
-
-    def keep(self, name, mu):
-        if self.training and torch.is_grad_enabled():
-            z = mu + NOISE * self.noise(mu) if self.kind in ("lbe", "mib") else mu
-            self.kept.setdefault(name, []).append((mu, z))
+    def keep(self, name, h):
+        """Note h and h with the noise, which is what the method's heads get."""
+        if not (self.training and torch.is_grad_enabled()):
+            return None
+        mu = full_precision(h)
+        mu = mu.mean((2, 3)) if mu.ndim == 4 else mu
+        z = mu + NOISE * self.noise(mu) if self.kind in ("lbe", "mib") else mu
+        self.kept.setdefault(name, []).append((mu, z))
+        return None if name else z.to(h.dtype)
 
     def noise(self, mu):
         """Drawn for the whole batch, of which several processes have a part each."""
@@ -802,14 +801,13 @@ class Run:
         weights = sum(p.numel() for p in self.model.parameters() if p.requires_grad) / 1e6
         rate = f"{args.optimizer}, learning rate up to {args.scaled_lr:.4g} after "
         rate += f"{args.warmup_epochs:g} epochs of warm-up, weight decay {args.weight_decay:g}"
-        compiling, several = ", compiled" * args.compile, f", {world_size()} processes"
-        several *= world_size() > 1
+        device = f"{describe(args)['device']}, {args.precision}" + ", compiled" * args.compile
         say("method", f"{self.method}: {args.arch}, {args.stem} stem, {weights:.1f} M parameters")
         say("data", f"{data.name}: {len(data.pretrain)} training images, {test}, {held}")
         say("views", f"{args.views} of each image, {args.image_size}x{args.image_size} pixels")
         say("steps", f"{args.epochs} epochs of {self.steps} steps of {args.batch_size} images")
         say("optimiser", rate)
-        say("device", f"{describe(args)['device']}, {args.precision}{compiling}{several}")
+        say("device", device + f", {world_size()} processes" * (world_size() > 1))
         say("folder", str(self.folder))
 
     def is_fresh(self):
@@ -1661,8 +1659,6 @@ def run(main) -> None:
         message = str(error).strip().splitlines()[-1].removeprefix("common.InputError: ")
     except (RuntimeError, MemoryError) as error:
         message = known_failure(error)
-        if message is None:
-            raise
     except OSError as error:
         message = f"{error.filename or 'file system'}: {error.strerror or error}"
     except KeyboardInterrupt:
@@ -1676,17 +1672,15 @@ def run(main) -> None:
 
 
 def known_failure(error):
-    """The line for what torch raises when memory, a compiler or another process fails, or None."""
-    reason = str(error).splitlines()
-    if not reason:
-        return None
+    """The line for what torch raises when memory, a compiler or another process fails."""
+    reason = str(error).split("\n")[0]
     if "TorchDynamoException" in [kind.__name__ for kind in type(error).__mro__]:
-        return f"torch.compile failed ({reason[0]}); --no-compile does without it"
-    if isinstance(error, torch.distributed.DistError) or "gloo" in str(error):
-        return f"another process ended, or was silent for --timeout seconds ({reason[0]})"
+        return f"torch.compile failed ({reason}); --no-compile does without it"
+    if isinstance(error, dist.DistError) or "gloo" in str(error):
+        return f"another process ended, or was silent for --timeout seconds ({reason})"
     if "alloc" in str(error):
-        return f"out of memory ({reason[0]}); a smaller --batch-size may fit"
-    return None
+        return f"out of memory ({reason}); a smaller --batch-size may fit"
+    raise error
 
 
 class StopSignals:
