@@ -1,13 +1,16 @@
-"""README.md and the docstrings against the code: every command parses with the parser of its
-script, every file and folder named is there, and every flag that a script declares is read."""
+"""Front page, journal and docstrings against the code and each other: commands parse, what is named
+exists, flags are read, what may be copied is whole, and the front page quotes the journal."""
 
 import argparse
 import ast
+import builtins
+import dis
 import functools
-import importlib.util
+import importlib
 import re
 import shlex
 import sys
+import types
 from pathlib import Path
 from unittest import mock
 
@@ -16,25 +19,13 @@ import pytest
 import common
 
 ROOT = Path(__file__).resolve().parent.parent
-README = ROOT / "README.md"
-SCRIPTS = [
-    path
-    for path in sorted([*ROOT.glob("*.py"), *ROOT.glob("tests/[!t]*.py")])
-    if 'if __name__ == "__main__":' in path.read_text().splitlines()
-]
-SCRIPT_IDS = [path.name for path in SCRIPTS]
-
-
-class Captured(Exception):
-    """Carries a script's parser out of its main."""
-
-
-@functools.cache
-def module_of(path):
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+PAGES = [ROOT / "README.md", ROOT / "tests/results/README.md"]
+FRONT, JOURNAL = (path.read_text() for path in PAGES)
+SECTIONS = dict(part.split("\n", 1) for part in JOURNAL.split("\n## ")[1:])
+SCRIPTS = sorted([*ROOT.glob("*.py"), *ROOT.glob("tests/[!t]*.py")])
+SCRIPTS = [path for path in SCRIPTS if '\nif __name__ == "__main__":\n' in path.read_text()]
+every_page = pytest.mark.parametrize("path", PAGES, ids=["front page", "journal"])
+every_script = pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
 
 
 @functools.cache
@@ -42,158 +33,158 @@ def parser_of(path):
     """The parser that a script builds, caught when the script would use it."""
 
     def capture(parser, *args, **kwargs):
-        raise Captured(parser)
+        raise SystemExit(parser)  # carries it out of main
 
-    module = module_of(path)
     with (
         mock.patch.object(sys, "argv", [path.name]),
-        mock.patch.object(common.Parser, "parse_args", capture),
+        mock.patch.object(common, "parse_args", capture),
+        mock.patch.object(argparse.ArgumentParser, "parse_args", capture),
+        pytest.raises(SystemExit) as caught,
     ):
-        try:
-            module.main()
-        except Captured as captured:
-            return captured.args[0]
-    raise AssertionError(f"{path.name} reads its flags without common.Parser")
+        importlib.import_module(path.stem).main()
+    return caught.value.code
 
 
 def code_in(markdown):
     """The text of code blocks, then that of inline code."""
-    blocks = re.findall(r"^ *```[^\n]*\n(.*?)^ *```", markdown, re.M | re.S)
-    rest = re.sub(r"^ *```[^\n]*\n.*?^ *```", "", markdown, flags=re.M | re.S)
-    return [*blocks, *re.findall(r"`([^`\n]+)`", rest)]
+    block = re.compile(r"^ *```[^\n]*\n(.*?)^ *```", re.M | re.S)
+    return [*block.findall(markdown), *re.findall(r"`([^`\n]+)`", block.sub("", markdown))]
 
 
 def commands_in(text):
     """(script, its flags) of each `python X.py ...` and `torchrun ... X.py ...`. A remark two
     spaces after a command, with # or in parentheses, is no part of it."""
-    text = text.replace("\\\n", " ")
-    for line in re.findall(r"\b(?:python3?|torchrun) [^\n;&|`]*", text):
+    for line in re.findall(r"\b(?:python3?|torchrun) [^\n;&|`]*", text.replace("\\\n", " ")):
         words = shlex.split(re.sub(r"\s{2,}[#(].*", "", line))
         scripts = [i for i, word in enumerate(words) if word.endswith(".py")]
         if scripts:
             yield words[scripts[0]], words[scripts[0] + 1 :]
 
 
-def check_command(script, flags):
-    path = ROOT / script
-    assert path in SCRIPTS, f"{script} is no script of this repository"
-    try:
-        parser_of(path).parse_args(flags)
-    except common.InputError as error:
-        raise AssertionError(f"{script} does not take {shlex.join(flags)}: {error}") from None
-    except SystemExit as stop:
-        assert stop.code == 0  # --help
-
-
-def test_commands_are_found():
-    """The patterns above, on a text in which all that they should see is known."""
-    text = """
-```bash
-.venv/bin/python a.py --epochs 3 && python tests/b.py --out "my run"  # then
-torchrun --nproc-per-node=2 c.py --dataset x \\
-    --resume
-python -m pytest
-```
-Then `python d.py` and, unlike python e.py, `OMP_NUM_THREADS=2 python f.py --seed 1`.
-"""
-    found = [command for code in code_in(text) for command in commands_in(code)]
-    assert found == [
-        ("a.py", ["--epochs", "3"]),
-        ("tests/b.py", ["--out", "my run"]),
-        ("c.py", ["--dataset", "x", "--resume"]),
-        ("d.py", []),
-        ("f.py", ["--seed", "1"]),
-    ]
-
-
-def test_a_wrong_command_is_noticed():
-    assert parser_of(ROOT / "simclr.py").parse_args(["--epochs", "3"]).epochs == 3
-    for script, flags in ("simclr.py", ["--epocs", "3"]), ("simclr.py", ["--epochs", "x"]):
-        with pytest.raises(AssertionError, match="does not take"):
-            check_command(script, flags)
-    with pytest.raises(AssertionError, match="no script"):
-        check_command("simclrr.py", [])
-
-
-def test_readme_commands_parse():
-    commands = [command for code in code_in(README.read_text()) for command in commands_in(code)]
-    assert commands
+def check_commands(texts):
+    """Returns the scripts that are run."""
+    commands = [command for text in texts for command in commands_in(text)]
     for script, flags in commands:
-        check_command(script, flags)
+        assert ROOT / script in SCRIPTS, f"{script} is no script of this repository"
+        try:
+            parser_of(ROOT / script).parse_args(flags)
+        except (common.InputError, SystemExit) as error:  # --help exits with 0
+            assert str(error) == "0", f"{script} does not take {shlex.join(flags)}: {error}"
+    return [script for script, _ in commands]
 
 
-@pytest.mark.parametrize("path", SCRIPTS, ids=SCRIPT_IDS)
-def test_docstring_commands_parse(path):
-    """Each script says in its docstring how it is run."""
-    commands = list(commands_in(ast.get_docstring(ast.parse(path.read_text()))))
-    assert str(path.relative_to(ROOT)) in [script for script, _ in commands]
-    for script, flags in commands:
-        check_command(script, flags)
+def tables_in(markdown):
+    """The tables, each a list of rows, each a list of cells without links and bold type."""
+    markdown = re.sub(r"\[([^]]*)\]\([^)]*\)|\*\*", r"\1", markdown)
+    for block in re.findall(r"(?:^ *\|.*\n)+", markdown, re.M):
+        yield [re.split(r" *\| *", line.strip(" |")) for line in block.splitlines()]
 
 
-def written_by_the_scripts(name):
-    """Whether a script gives this name to a file, such as log.jsonl or linear_cifar10.json."""
-    protocols = parser_of(ROOT / "linear_eval.py")._option_string_actions["--protocol"].choices
-    quoted = any(f'"{name}"' in path.read_text() for path in ROOT.glob("*.py"))
-    return quoted or re.fullmatch(rf"({'|'.join(protocols)})_\w+\.json", name)
+def table_with(column, markdown=FRONT):
+    """The rows below the head of the table that has such a column."""
+    return next(table[2:] for table in tables_in(markdown) if column in table[0])
 
 
-def test_files_named_in_the_readme_exist():
-    text, missing = README.read_text(), []
-    for word in " ".join(code_in(text)).split():
-        word = word.strip("\"'(),;:")
-        path = re.fullmatch(r"[\w./-]+\.(py|txt|jsonl|json)|tests/[\w./-]*", word)
-        if path and not word.startswith(("runs/", "data/")) and not (ROOT / word).exists():
-            missing += [] if written_by_the_scripts(word) else [word]
-    for target in re.findall(r"\]\(([^)#\s]+)", text):  # links and pictures
-        if "://" not in target and not (ROOT / target).exists():
-            missing.append(target)
+def test_commands_are_found_and_wrong_ones_noticed():
+    text = "```bash\n.venv/bin/python a.py --epochs 3 && python tests/b.py 'x y'  # remark\n"
+    text += "torchrun --nproc-per-node=2 c.py \\\n --resume\npython -m pytest\n```\n"
+    text += "Then `python d.py` and, unlike python e.py, `N=2 python f.py`."
+    found = [" ".join([script, *flags]) for x in code_in(text) for script, flags in commands_in(x)]
+    assert found == ["a.py --epochs 3", "tests/b.py x y", "c.py --resume", "d.py", "f.py"]
+    with pytest.raises(AssertionError, match="does not take"):
+        check_commands(["python simclr.py --epocs 3"])
+
+
+@every_page
+def test_what_is_named_exists(path):
+    """Commands, files (names such as log.jsonl in a script), links, pictures and headings."""
+    text, missing = path.read_text(), []
+    assert check_commands(code_in(text))
+    written = " ".join(script.read_text() for script in ROOT.glob("*.py"))
+    for word in re.findall(r"[\w./-]+\.(?:py|txt|jsonl|json)\b|tests/[\w./-]*", str(code_in(text))):
+        if not word.startswith(("runs/", "data/")) and f'"{word}"' not in written:
+            missing += [] if (ROOT / word).exists() else [word]
+    for target, heading in re.findall(r"\]\((?!http)([^)#\s]*)#?([^)\s]*)\)", text):
+        file = path.parent / target if target else path
+        titles = re.findall(r"^#+ (.*)", file.read_text(), re.M) if heading else []
+        slugs = [re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles]
+        if not file.exists() or heading and heading not in slugs:
+            missing.append(f"{target}#{heading}")
     assert missing == []
 
 
-@pytest.mark.parametrize("path", SCRIPTS, ids=SCRIPT_IDS)
-def test_every_flag_is_read(path):
-    """As args.flag, in the script, in common.py, or in the methods that the benchmark runs."""
-    read, methods = set(), [ROOT / "simclr.py"] * (path.name == "benchmark.py")
-    for file in path, ROOT / "common.py", *methods:
-        for node in ast.walk(ast.parse(file.read_text())):
-            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
-                owner = getattr(node.value, "id", getattr(node.value, "attr", None))
-                if owner in ("args", "a"):  # args, self.args and, in one place, a = self.args
-                    read.add(node.attr)
-    declared = {action.dest for action in parser_of(path)._actions} - {"help"}
-    assert declared - read == set()
+@every_script
+def test_docstring_and_flags(path):
+    """The docstring has a command. Each flag has help, and is read as args.flag by the script, by
+    common.py, or by the method that the benchmark runs."""
+    docstring = ast.get_docstring(ast.parse(path.read_text()))
+    assert str(path.relative_to(ROOT)) in check_commands([docstring])
+    flags = {flag.dest: flag.help for flag in parser_of(path)._actions}
+    files = path, ROOT / "common.py", *[ROOT / "simclr.py"] * (path.name == "benchmark.py")
+    code = " ".join(file.read_text() for file in files)
+    assert flags.keys() - {"help", *re.findall(r"\b(?:args|a)\.(\w+)\b(?! = )", code)} == set()
+    assert all(flags.values()), flags
 
 
-def variants_of(path):
-    """The words that a preset's name may hold: values of flags with choices, names of switches."""
-    words = set()
-    for action in parser_of(path)._actions:
-        words |= set(action.choices or ()) | ({action.dest} if action.const is True else set())
-    return words
-
-
-@pytest.mark.parametrize("path", SCRIPTS, ids=SCRIPT_IDS)
+@every_script
 def test_presets_set_what_the_flags_take(path):
     """The parser checks what is typed, not its defaults, among which the presets are."""
-    actions = {action.dest: action for action in parser_of(path)._actions}
-    for name, preset in getattr(module_of(path), "PRESETS", {}).items():
-        dataset, *variant = name.split() if name.split()[0] in common.DATASETS else ("", name)
-        assert name == "default" or len(variant) <= 1 and set(variant) <= variants_of(path), name
+    parser, words = parser_of(path), {"default", *common.DATASETS}
+    for action in parser._actions:  # variants: values of flags with choices, names of switches
+        words |= set(action.choices or ()) | ({action.dest} if action.const is True else set())
+    needed = [x for a in parser._actions if a.required for x in (a.option_strings[0], "x")]
+    for name, preset in getattr(importlib.import_module(path.stem), "PRESETS", {}).items():
+        assert set(name.split()) <= words, name
         for key, value in preset.items():
-            assert key in actions, f"preset {name} sets {key}, which is no flag"
-            action, several = actions[key], isinstance(value, list)
-            assert several == (actions[key].nargs == "+"), f"preset {name}: {key} {value!r}"
-            if isinstance(value, bool):
-                assert isinstance(action, argparse.BooleanOptionalAction) or action.const is True
-                continue
-            for one in value if several else [value]:
-                convert = action.type or type(one)
-                assert convert(str(one)) == one, f"preset {name}: {key} {value!r}"
-                assert action.choices is None or one in action.choices, f"preset {name}: {key}"
+            flag = f"--{'no-' * (value is False)}{key.replace('_', '-')}"
+            values = value if isinstance(value, list) else [value] * (not isinstance(value, bool))
+            args = parser.parse_args([*needed, flag, *map(str, values)])
+            assert getattr(args, key) == value, f"preset {name}: {key} {value!r}"
 
 
-def test_every_flag_has_help():
-    for path in SCRIPTS:
-        missing = [action.dest for action in parser_of(path)._actions if not action.help]
-        assert missing == [], path.name
+def test_the_front_page_is_short_and_begins_with_a_result():
+    head = "\n".join(FRONT.splitlines()[:10])
+    assert len(FRONT.split()) <= 1800
+    assert list(commands_in(head)) and re.search("CPU cores|GPU", head)
+    result = re.findall(r"\*\*(\d+(?= s)|\S+ %)", head)
+    [row] = [row for row in table_with("s", SECTIONS["Shapes"]) if "`python simclr.py`" in row]
+    assert len(result) == 2 and set(result) <= set(row)
+
+
+def test_the_front_page_quotes_the_journal():
+    """The headline's figures and commits beside the same method, the others somewhere."""
+    number = r"\d+\.\d+|\b[0-9a-f]{7}\b"
+    for method, _, _, shapes, cifar10, commits in table_with("kNN on shapes"):
+        quoted = zip(["Shapes", "CIFAR-10"], [shapes, cifar10], commits.split(","), strict=True)
+        for section, figure, commit in quoted:
+            rows = [row for table in tables_in(SECTIONS[section]) for row in table]
+            beside = " ".join(cell for row in rows if row[0] == method for cell in row)
+            assert re.search(number, figure), f"{method}: no figure of {section}"
+            known, here = re.findall(number, beside), re.findall(number, figure + commit)
+            assert set(here) <= set(known), f"{method}, {section}"
+    for _, published, *_ in table_with("published"):
+        assert all(x in SECTIONS["What others report"] for x in published.split(", ")), published
+    assert set(re.findall(number, FRONT)) <= set(re.findall(number, JOURNAL))
+
+
+def global_names(code):
+    """The names from outside that a code object, or one inside it, looks up."""
+    loads = [x for x in dis.get_instructions(code) if x.opname in ("LOAD_GLOBAL", "LOAD_NAME")]
+    inner = [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
+    names = {load.argval for load in loads}.union(*map(global_names, inner))
+    return names - set(dir(builtins))
+
+
+def test_what_may_be_copied_is_whole():
+    """What a row names needs nothing else; `a_call()` is for the reader to write otherwise."""
+    parts = {}
+    for source in [path.read_text() for path in ROOT.glob("*.py")]:
+        for node in ast.parse(source).body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Assign):
+                name = getattr(node, "name", None) or ast.unparse(node.targets[0])
+                parts[name] = ast.get_source_segment(source, node).replace("common.", "")
+    for what, with_it, imports in table_with("imports"):
+        known = set(re.findall(r"`(\w+)(?:\(\))?`", what + with_it + imports))
+        for name in re.findall(r"`(\w+)`", what + with_it):
+            needed = global_names(compile(parts[name], name, "exec")) - known - {name}
+            assert [x for x in needed if not x.startswith("__")] == [], f"{what}: {name}"
