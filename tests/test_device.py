@@ -85,7 +85,7 @@ def test_views(recipes, pretending):
     augment = common.Augment(recipes, SIDE, MEAN, STD, GPU)
     images = noise_bytes(2 * B, 20, 24).to(GPU)
     x = augment.apply(images, {key: value.to(GPU) for key, value in draws.items()})
-    assert x.shape == (2 * B, 3, SIDE, SIDE) and devices((x, augment.restore(x))) == {GPU}
+    assert x.shape == (2 * B, 3, SIDE, SIDE) and devices(x) == {GPU}
 
 
 @pytest.mark.parametrize("side", [SIDE, 20])

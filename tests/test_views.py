@@ -325,19 +325,20 @@ def test_augment_equals_torchvision_with_the_same_draws(shape, size, kernel_size
 def test_padded_crops(policy):
     """torchvision's RandomCrop(32, padding=4), flip and, where there is a policy, its AutoAugment
     after the image's own seed. Each place is as likely."""
-    images = noise_bytes(300, 32) // 2 + 20  # not spread over all values, for what spreads them
+    images = noise_bytes(60, 32) // 2 + 20  # not spread over all values, for what spreads them
     recipe = Recipe(jitter_p=0, gray_p=0, pad=4, policy=policy)
     augment = common.Augment([recipe] * 2, 32, MEAN, STD)
-    views, d = torch.cat(augment(images, rng(2))), augment.draw(300, 40, 40, rng(2))
+    views, d = torch.cat(augment(images, rng(2))), augment.draw(60, 40, 40, rng(2))
     padded = torch.nn.functional.pad(images, (4,) * 4).repeat(2, 1, 1, 1)
-    for i in range(0, 600, 3):
+    for i in range(120):
         top, left = int(d["top"][i]), int(d["left"][i])
         crop = padded[i, :, top : top + 32, left : left + 32]
         crop = TF.hflip(crop) if d["flip"][i] else crop
         close(views[i], TF.normalize(after_policy(crop, policy, d, i) / 255, MEAN, STD), 1e-5)
+    d = augment.draw(900, 40, 40, rng(3))
     for name in "top", "left":
         counts = d[name].bincount(minlength=9)
-        assert len(counts) == 9 and counts.min() > 30  # of 600, 67 each
+        assert len(counts) == 9 and counts.min() > 140  # of 1800, 200 each
 
 
 def after_policy(image, policy, d, i):
@@ -358,12 +359,14 @@ def test_policy_draws():
     seeds, again, others = (augment.draw(500, 40, 40, rng(s))["policy"] for s in (0, 0, 1))
     assert seeds.shape == (1000,) and seeds.dtype == torch.int64 and len(seeds.unique()) == 1000
     assert torch.equal(seeds, again) and not torch.isin(others, seeds).any()
+    d = augment.draw(50, 40, 40, rng())
+    d["top"], d["left"], d["flip"] = d["top"] * 0 + 4, d["left"] * 0 + 4, d["flip"] & False
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    same = torch.cat(augment(noise_bytes(1, 32).expand(50, -1, -1, -1), rng()))
+    same = augment.apply(noise_bytes(1, 40).repeat(100, 1, 1, 1), d)
     assert torch.equal(torch.rand(3), expected)
-    assert len(same.flatten(1).unique(dim=0)) == 100
+    assert len(same.flatten(1).unique(dim=0)) > 20  # many are left as they are
 
 
 @pytest.mark.parametrize("policy", ["", "cifar10"])
@@ -406,7 +409,7 @@ def test_views_on_cuda_equal_those_on_the_cpu():
 
 
 # --------------------------------------------------------------------------------------------------
-# What evaluation sees, and pictures
+# What evaluation sees
 
 
 @pytest.mark.parametrize(
@@ -428,7 +431,6 @@ def test_evaluation_view(height, width, size, box):
     assert view.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_restore_undoes_normalize():
-    augment, x = common.Augment([], 8, MEAN, STD), noise(2, 8)
-    close(augment.normalize(x), TF.normalize(x, MEAN, STD), atol=1e-6)
-    close(augment.restore(augment.normalize(x)), x, atol=1e-6)
+def test_normalize():
+    x = noise(2, 8)
+    close(common.Augment([], 8, MEAN, STD).normalize(x), TF.normalize(x, MEAN, STD), atol=1e-6)
