@@ -14,54 +14,46 @@ import torch
 import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parent.parent
-METHOD_FILES = sorted(
-    path for path in ROOT.glob("*.py") if path.name not in ("common.py", "linear_eval.py")
-)
+METHOD_FILES = sorted(set(ROOT.glob("*.py")) - {ROOT / "common.py", ROOT / "linear_eval.py"})
 METHOD_NAMES = {path.stem for path in METHOD_FILES}
 METHOD_NAMES |= {
     "simclr",
     "byol",
-    "barlow_twins",
     "barlow",
     "vicreg",
-    "supcon_tcl",
     "supcon",
     "tcl",
+    "carl",
+    "carp",
+    "corinfomax",
 }
-METHOD_NAMES |= {"carl_carp", "carl", "carp", "corinfomax"}
-DEFINITION = (ast.FunctionDef, ast.ClassDef)
+VECTORS = "z z1 z2 p1 z2_target logits1 logits2"
+SAMPLE = {name: torch.randn(4, 6) for name in VECTORS.split()}  # by the name of the argument
+SAMPLE |= {"y": torch.tensor([0, 0, 1, 1]), "num_blocks": 2, "dim": 6}
 
-SAMPLE = {  # what a loss may ask for, by the name of the argument
-    **{
-        name: torch.randn(4, 6)
-        for name in ("z", "z1", "z2", "p1", "z2_target", "logits1", "logits2")
-    },
-    "y": torch.tensor([0, 0, 1, 1]),
-    "num_blocks": 2,
-    "dim": 6,
-}
+
+def definitions(path):
+    """name -> node of the functions and classes at a file's top level."""
+    kinds = ast.FunctionDef, ast.ClassDef
+    return {n.name: n for n in ast.parse(path.read_text()).body if isinstance(n, kinds)}
 
 
 def losses(path):
-    """(file, name) of the top-level functions called ..._loss and classes called ...Loss."""
-    for node in ast.parse(path.read_text()).body:
-        if isinstance(node, DEFINITION) and node.name.lower().endswith("loss"):
-            yield path, node.name
+    """The functions called ..._loss and the classes called ...Loss."""
+    return [name for name in definitions(path) if name.lower().endswith("loss")]
 
 
 def cut_out(path, name):
     """A namespace with `name`, the functions of the same file that it calls, and torch."""
-    source = path.read_text()
-    defined = {node.name: node for node in ast.parse(source).body if isinstance(node, DEFINITION)}
-    wanted, todo = [], [name]
+    defined, wanted, todo = definitions(path), [], [name]
     while todo:
         wanted.append(todo.pop())
         used = {n.id for n in ast.walk(defined[wanted[-1]]) if isinstance(n, ast.Name)}
         todo += [n for n in used if n in defined and n not in wanted + todo]
     namespace = {"torch": torch, "F": F}
-    for node in defined.values():
-        if node.name in wanted:
-            exec(ast.get_source_segment(source, node), namespace)
+    for key, node in defined.items():
+        if key in wanted:
+            exec(ast.unparse(node), namespace)
     return namespace
 
 
@@ -74,11 +66,8 @@ def global_names(code):
 
 def call(function):
     """Call with a sample for every argument that has no default."""
-    needed = [
-        name
-        for name, parameter in inspect.signature(function).parameters.items()
-        if parameter.default is inspect.Parameter.empty
-    ]
+    parameters = inspect.signature(function).parameters.items()
+    needed = [name for name, p in parameters if p.default is inspect.Parameter.empty]
     return function(**{name: SAMPLE[name] for name in needed})
 
 
@@ -90,43 +79,32 @@ def imported_modules(path):
             yield "." if node.level else node.module.split(".")[0]
 
 
-def test_every_method_file_has_a_loss():
-    assert METHOD_FILES
-    assert [path.name for path in METHOD_FILES if not list(losses(path))] == []
-
-
-@pytest.mark.parametrize(
-    "path, name",
-    [pytest.param(*loss, id=loss[1]) for path in METHOD_FILES for loss in losses(path)],
-)
-def test_loss_needs_only_torch(path, name):
-    namespace = cut_out(path, name)
-    loss = namespace[name]
-    members = vars(loss).values() if isinstance(loss, type) else [loss]
-    for function in filter(inspect.isfunction, members):
-        missing = global_names(function.__code__) - namespace.keys() - set(dir(builtins))
-        assert not missing, f"{path.name}: {name} needs {sorted(missing)}"
-    value = call(call(loss).forward) if isinstance(loss, type) else call(loss)
-    assert value.shape == () and value.isfinite()
+@pytest.mark.parametrize("path", METHOD_FILES, ids=lambda path: path.name)
+def test_losses_need_only_torch(path):
+    assert losses(path)
+    for name in losses(path):
+        namespace = cut_out(path, name)
+        loss = namespace[name]
+        members = vars(loss).values() if isinstance(loss, type) else [loss]
+        for function in filter(inspect.isfunction, members):
+            missing = global_names(function.__code__) - namespace.keys() - set(dir(builtins))
+            assert not missing, f"{name} needs {sorted(missing)}"
+        value = call(call(loss).forward) if isinstance(loss, type) else call(loss)
+        assert value.shape == () and value.isfinite()
 
 
 @pytest.mark.parametrize("path", METHOD_FILES, ids=lambda path: path.name)
 def test_method_file_imports_only_torch_the_standard_library_and_common(path):
-    allowed = {"torch", "common"} | set(sys.stdlib_module_names)
-    assert set(imported_modules(path)) <= allowed
+    assert set(imported_modules(path)) <= {"torch", "common", *sys.stdlib_module_names}
 
 
-def test_common_imports_no_method():
-    assert not set(imported_modules(ROOT / "common.py")) & {path.stem for path in METHOD_FILES}
-
-
-def test_common_never_asks_for_a_method():
-    """No string and no identifier in common.py is a method's name, so no condition can be about one
-    (docstrings and comments may mention them)."""
-    words = set()
+def test_common_knows_no_method():
+    """It imports none, and no string and no identifier in it is a method's name, so no condition
+    can be about one (docstrings and comments may mention them)."""
+    assert METHOD_FILES
+    assert not set(imported_modules(ROOT / "common.py")) & METHOD_NAMES
+    words, keys = set(), ("value", "id", "attr", "arg", "name")
     for node in ast.walk(ast.parse((ROOT / "common.py").read_text())):
-        words |= {
-            str(getattr(node, key, "")).lower() for key in ("value", "id", "attr", "arg", "name")
-        }
+        words |= {str(getattr(node, key, "")).lower() for key in keys}
     assert "lars" in words  # a name that is there is found
     assert words & METHOD_NAMES == set()
