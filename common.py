@@ -1163,7 +1163,8 @@ def download(name, root) -> dict:
         try:
             source = fetch[name](split)
         except Exception as error:  # URLError, RuntimeError, OSError: whatever the network does
-            raise InputError(f"{name}: the download failed ({error}); without it, {how}") from None
+            reason = " ".join(str(error).split())
+            raise InputError(f"{name}: the download failed ({reason}); without it, {how}") from None
         images, labels = [], []
         for image, label in source:
             image = image.convert("RGB")
