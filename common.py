@@ -635,8 +635,8 @@ class MutualInformation(nn.Module):
     def forward(self, views, y=None):
         self.kept, self.batch = {}, len(views[0])
         loss, terms = self.method(views, y)
-        kept = {name: [torch.cat(parts) for parts in zip(*pairs, strict=True)]
-                for name, pairs in self.kept.items()}  # fmt: skip
+        kept = {name: map(torch.cat, zip(*some, strict=True)) for name, some in self.kept.items()}
+        kept = {name: tuple(pair) for name, pair in kept.items()}
         self.kept = {}
         mu, _ = kept[""]  # [VB, F], view 1 first
         if self.kind == "rc":
@@ -1236,13 +1236,11 @@ def folders_in(folder):
 
 
 def images_in(folder):
-    """Image files at any depth."""
     endings = set(Image.registered_extensions())
     return sorted(file for file in folder.rglob("*") if file.suffix.lower() in endings)
 
 
 def labelled_images(folder, classes) -> Split:
-    """The images in the folders of the classes."""
     more = sorted(set(folders_in(folder)) - set(classes))
     check(not more, f"{folder} has {len(more)} classes that train/ has not: {', '.join(more[:3])}")
     files = [(file, i) for i, name in enumerate(classes) for file in images_in(folder / name)]
@@ -1293,7 +1291,6 @@ def shapes(count: int, split: str, size: int = 32) -> dict:
 
 
 def draw_shapes(labels, size, rng):
-    """uint8 [N, 3, size, size], an image of each class named by labels [N]."""
     count, every, tau = len(labels), torch.arange(len(labels)), 2 * math.pi
 
     def uniform(low, high, *shape):
