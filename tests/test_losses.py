@@ -976,8 +976,9 @@ def test_noise_reaches_the_heads_in_training_and_nobody_else(kind):
     views = make_views(1, torch.float32) * 2
     model(views)
     assert torch.equal(*seen["heads"]) == (kind == "ip") and torch.equal(*seen["target"])
-    with torch.no_grad():
-        assert torch.equal(model.eval().backbone(views[0]), model.backbone(views[0]))
+    for grad in True, False:  # fine-tuning needs one
+        with torch.set_grad_enabled(grad):
+            assert torch.equal(model.eval().backbone(views[0]), model.backbone(views[0]))
 
 
 @pytest.mark.parametrize("size", [8, 32, 64, 96, 100, 160, 224])
