@@ -1032,7 +1032,9 @@ def arguments():
 
 def asked(args):
     """What the flags tell load_encoder."""
-    return {name: getattr(args, name) for name in (*ABOUT, "key", "features")}
+    given = {"arch": args.arch, "stem": args.stem, "image_size": args.image_size}
+    given |= {"mean": args.mean, "std": args.std}
+    return given | {"key": args.key, "features": args.features}
 
 
 def the_encoder(args):
