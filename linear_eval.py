@@ -250,9 +250,9 @@ def steps_of(data, args):
     uneven = f"--batch-size {args.batch_size} is not a multiple of the {processes} processes"
     check(args.batch_size % processes == 0, uneven)
     least = 2 * processes if args.protocol == "finetune" else processes  # for its batch norm
-    few = f"{most} training images in batches of {args.batch_size} are too few for --protocol"
-    several = f" in {processes} processes" if processes > 1 else ""
-    check(min(most, args.batch_size) >= least, f"{few} {args.protocol}{several}")
+    few = f"{most} training images in batches of {args.batch_size} are too few for --protocol "
+    few += args.protocol + f" in {processes} processes" * (processes > 1)
+    check(min(most, args.batch_size) >= least, few)
     share = max(most // 8, least) if args.label_fraction < 1 else most
     if args.batch_size > share:
         print(f"{most} training images: batches of {share - share % processes}")
@@ -467,17 +467,11 @@ def nearest_images(test_features, test_labels, train_features, rows=10, count=8)
     return chosen, cosine.topk(min(count, cosine.shape[1])).indices.cpu()
 
 
-def covariance(features):
-    """Of features [N, F], float64: their covariance [F, F], with N - 1, and them centred [N, F]."""
-    centred = features.double() - features.double().mean(0)
-    return centred.T @ centred / max(1, len(features) - 1), centred
-
-
 def principal_components(features):
     """The two coordinates float64 [N, 2] in which features [N, F] vary most, and their shares [2]
     of the whole variance. The largest weight of each is positive."""
-    cov, centred = covariance(features)
-    values, vectors = torch.linalg.eigh(cov)
+    centred = features.double() - features.double().mean(0)
+    values, vectors = torch.linalg.eigh(centred.T @ centred)
     weights = vectors[:, -2:].flip(1)  # [F, 2]
     weights = weights * weights.gather(0, weights.abs().argmax(0, keepdim=True)).sign()
     shares = values.clamp(min=0) / values.clamp(min=0).sum().clamp(min=1e-300)
@@ -554,7 +548,8 @@ def projector_of_run(path, encoder):
 def spectrum(features):
     """Shares of the whole variance, float64 [F], of the eigenvalues of the covariance of features
     [N, F], the largest first; rounding, which is what is at most 1e-12 of the largest, is 0."""
-    values = torch.linalg.eigvalsh(covariance(features)[0]).flip(0).cpu()
+    covariance = features.double().T.cov(correction=0)
+    values = torch.linalg.eigvalsh(covariance).flip(0).cpu()
     values = values.where(values > 1e-12 * values[0], 0)
     return values / values.sum().clamp(min=1e-300)
 
@@ -642,7 +637,7 @@ def map_picture(images, labels, points, classes, title, coordinates):
     caption += "free one, at most two images away; no room for others. The axes are scaled to fit. "
     many = f"The {len(classes)} classes are too many to be told apart by colours."
     caption += "Colours: the class." if colored else many
-    figure = new_figure(12, 13, title, caption, dpi=150)
+    figure = new_figure(12, 13.5 + 0.2 * (len(classes) // 5) * colored, title, caption, dpi=150)
     axes = figure.subplots()
     axes.imshow(canvas.permute(1, 2, 0).numpy())
     axes.set(xlabel=coordinates[0], ylabel=coordinates[1], xticks=[], yticks=[])
@@ -822,6 +817,10 @@ class Candidate:
     names: dict
     wrong: list
 
+    def weights_differ(self, other, tensors):
+        pairs = [(old, other.names.get(name)) for name, old in self.names.items()]
+        return not all(b and torch.equal(tensors[a], tensors[b]) for a, b in pairs)
+
     def encoder(self, tensors):
         encoder = common.resnet(self.arch, self.stem)
         weights = {name: tensors[old] for name, old in self.names.items()}
@@ -873,15 +872,10 @@ def choose(tensors, path, key):
     whole = [one for one in whole if not words[one.prefix] & COPIES] or whole
     whole = [one for one in whole if "student" in words[one.prefix]] or whole
     first, *others = sorted(whole, key=lambda one: len(one.prefix))
-    others = [other for other in others if not same_weights(first, other, tensors)]
+    others = [one for one in others if one.weights_differ(first, tensors)]
     names = ", ".join(repr(one.prefix) for one in (first, *others))
     check(not others, f"{path}: several encoders, {names}: choose with --key")
     return first
-
-
-def same_weights(one, other, tensors):
-    pairs = [(old, other.names.get(name)) for name, old in one.names.items()]
-    return all(b and torch.equal(tensors[a], tensors[b]) for a, b in pairs)
 
 
 def completed(said, chosen, path):
@@ -966,7 +960,7 @@ def parser():
     p = common.Parser(__doc__.splitlines()[0])
     p.add_argument("--checkpoint", required=True, help="encoder.pt, checkpoint.pt, or: random")
     p.add_argument("--key", help="a part of the encoder's prefix, where a file holds several")
-    p.add_argument("--mean", type=float, nargs=3, help="of the channels (default: see below)")
+    p.add_argument("--mean", type=float, nargs=3, help="of the channels; default: as for --std")
     p.add_argument("--std", type=common.positive, nargs=3, help="default: what the file says, else "
                    "those of the dataset with the small stem, of ImageNet with the other")
     p.add_argument("--features", choices=("encoder", "projector"), default="encoder",
