@@ -3,35 +3,31 @@
 
     python tests/benchmark.py --dataset cifar10 --batch-size 256 --json benchmark.json
 
-The arms take turns in one process, each time in another order, in blocks of a few steps, so that a
-machine that slows down or speeds up does so for all of them; a figure is the median over blocks,
-with the quartiles beside it, and a comparison the median of the blocks' ratios. Flags other than
-its own go to simclr.py, whose presets hold. A step here is forward, loss, backward, optimiser and
-EMA; training also adds up what it logs.
+The arms take turns, each time in another order, in blocks of a few steps, so that a machine that
+slows down does so for all of them; a figure is the median over blocks, with the quartiles beside
+it, and a comparison the median of the blocks' ratios. Flags other than its own go to simclr.py. A
+step here is forward, loss, backward, optimiser and EMA; training also adds up what it logs.
 
 data     cached   SimCLR's step on views that are there already
          real     the same step fed by the training pipeline: gather, draw, augment, normalise
          views    the pipeline alone, a hundred times in a row for each step of a block
          pil N    the same step fed by torchvision's transforms on PIL images, N worker processes
          usual    the step as it is usually written, in the same precision: NCHW, a forward for each
-                  view, the optimiser as torch chooses it, no compiler, loss.item() at every step,
-                  fed like pil
+                  view, the optimiser as torch chooses it, no compiler, loss.item(), fed like pil
          plain    the same in fp32
          lightly, kornia   the cached step fed by their transforms, where they are installed
-ladder   the cached step with one thing taken away: half precision, channels_last, one pass for all
-         views, the fused optimiser, the compiler
+ladder   the cached step with one thing taken away
 methods  the cached step of each method, with its preset for the dataset and this batch size
 accuracy (not by default) kNN after SimCLR has trained for --epochs on views of ours and of
          torchvision's, with several seeds: what is fast should not be worse
 
-Beside them, from the same run: what the machine reaches in matrix products and in copying, and what
-a kNN figure costs.
+Beside them: what the machine reaches in matrix products and in copying, and a kNN figure's cost.
 """
 
-import argparse
 import contextlib
 import copy
 import functools
+import importlib
 import io
 import itertools
 import random
@@ -39,63 +35,50 @@ import statistics
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import torch
 import torchvision.transforms as T
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import barlow_twins  # noqa: E402
-import byol  # noqa: E402
-import carl_carp  # noqa: E402
 import common  # noqa: E402
-import corinfomax  # noqa: E402
-import simclr  # noqa: E402
-import supcon_tcl  # noqa: E402
-import vicreg  # noqa: E402
 
-METHODS = {
-    "simclr": (simclr, []),
-    "byol": (byol, []),
-    "barlow_twins": (barlow_twins, []),
-    "vicreg": (vicreg, []),
-    "supcon": (supcon_tcl, []),
-    "tcl": (supcon_tcl, ["--loss", "tcl"]),
-    "carl": (carl_carp, []),
-    "carp": (carl_carp, ["--method", "carp"]),
-    "corinfomax": (corinfomax, []),
-}
+METHODS = {name: name for name in ("simclr", "byol", "barlow_twins", "vicreg")}
+METHODS |= {"supcon": "supcon_tcl", "tcl": "supcon_tcl --loss tcl", "carl": "carl_carp"}
+METHODS |= {"carp": "carl_carp --method carp", "corinfomax": "corinfomax"}
+OWN = "blocks", "steps", "groups", "seeds", "json"
+GROUPS = "data", "ladder", "methods", "accuracy"
 
 
 def build(name, argv):
     """(model, data, recipes, args) as METHOD.py makes them: its main, stopped before training."""
-    module, flags = METHODS[name]
-    made, train, old = [], common.train, sys.argv
-    try:
-        common.train, sys.argv = lambda *what: made.append(what), [f"{name}.py", *argv, *flags]
-        with contextlib.redirect_stdout(io.StringIO()):
-            module.main()
-    finally:
-        common.train, sys.argv = train, old
-    _, model, data, recipes, args = made[0]
+    script, *flags = METHODS[name].split()
+    made = []
+    with (
+        mock.patch.object(common, "train", lambda *what: made.extend(what)),
+        mock.patch.object(sys, "argv", [f"{script}.py", *argv, *flags]),
+        contextlib.redirect_stdout(io.StringIO()),
+    ):
+        importlib.import_module(script).main()
+    _, model, data, recipes, args = made
     common.check(data.pretrain.in_memory, f"{args.dataset}: its images do not fit in memory")
-    return common.completed(model, args), data, recipes, args
+    return common.set_up(model, args), data, recipes, args
 
 
 class Step:
     """A training step of a method on views; each flag takes one thing away from it."""
 
-    def __init__(
-        self, model, args, half=True, channels_last=True, one_pass=None, fused=True,
-        compile=True, item=False,
-    ):  # fmt: skip
+    def __init__(self, model, args, half=True, channels_last=True, concat=None, fused=True,
+                 compile=True, item=False):  # fmt: skip
         self.args, self.item = copy.copy(args), item
         self.args.precision = args.precision if half else "fp32"
-        self.args.compile = args.compile if compile else "off"
+        self.args.compile = args.compile and compile
         self.layout = torch.channels_last if channels_last else torch.contiguous_format
-        self.model = copy.deepcopy(model).to(args.device, memory_format=self.layout).train()
-        if one_pass is not None:
-            getattr(self.model, "method", self.model).concat_views = one_pass
+        self.model = copy.deepcopy(model).to(memory_format=self.layout)
+        if concat is not None:
+            getattr(self.model, "method", self.model).concat_views = concat
         self.optimizer = common.make_optimizer(self.model, args, fused or None)
         self.forward = common.compiled(self.model, self.args)
         self.labels = torch.arange(args.batch_size, device=args.device) % 10
@@ -117,6 +100,36 @@ class Step:
             loss.item()
 
 
+def torchvision_transform(recipe, size, data):
+    """simclr.py's recipe as torchvision has it."""
+    crop = T.RandomResizedCrop(size, recipe.scale, interpolation=T.InterpolationMode.BICUBIC)
+    jitter = T.RandomApply([T.ColorJitter(*recipe.jitter)], recipe.jitter_p)
+    blur = T.RandomApply([T.GaussianBlur(2 * (size // 20) + 1, (0.1, 2.0))], recipe.blur_p)
+    some = [crop, T.RandomHorizontalFlip(), jitter, T.RandomGrayscale(recipe.gray_p)]
+    some += [blur] if recipe.blur_p else []
+    return T.Compose([*some, T.ToTensor(), T.Normalize(data.mean, data.std)])
+
+
+def lightly_transform(recipe, size, data):
+    from lightly.transforms import SimCLRTransform
+
+    how = {"cj_strength": recipe.jitter[0] / 0.8, "min_scale": recipe.scale[0]}
+    how |= {"gaussian_blur": recipe.blur_p, "normalize": {"mean": data.mean, "std": data.std}}
+    return SimCLRTransform(size, **how)
+
+
+def kornia_transform(recipe, size, data):
+    import kornia.augmentation as K
+
+    crop = {"resample": "bicubic", "cropping_mode": "resample"}
+    some = [K.RandomResizedCrop((size, size), recipe.scale, **crop), K.RandomHorizontalFlip()]
+    some += [K.ColorJitter(*recipe.jitter, p=recipe.jitter_p), K.RandomGrayscale(p=recipe.gray_p)]
+    if recipe.blur_p:
+        kernel = (2 * (size // 20) + 1,) * 2
+        some += [K.RandomGaussianBlur(kernel, (0.1, 2.0), p=recipe.blur_p)]
+    return K.AugmentationSequential(*some, K.Normalize(*map(torch.tensor, (data.mean, data.std))))
+
+
 class PillowViews(torch.utils.data.Dataset):
     """Two views the usual way: one PIL image at a time, in worker processes."""
 
@@ -131,38 +144,10 @@ class PillowViews(torch.utils.data.Dataset):
         views = self.transform(image)
         return views if isinstance(views, list) else [views, self.transform(image)]
 
-
-def torchvision_transform(recipe, size, data):
-    """simclr.py's recipe as torchvision has it."""
-    crop = T.RandomResizedCrop(size, recipe.scale, interpolation=T.InterpolationMode.BICUBIC)
-    jitter = T.RandomApply([T.ColorJitter(*recipe.jitter)], recipe.jitter_p)
-    blur = T.RandomApply([T.GaussianBlur(2 * (size // 20) + 1, (0.1, 2.0))], recipe.blur_p)
-    some = [crop, T.RandomHorizontalFlip(), jitter, T.RandomGrayscale(recipe.gray_p)]
-    some += [blur] if recipe.blur_p else []
-    return T.Compose([*some, T.ToTensor(), T.Normalize(data.mean, data.std)])
-
-
-def lightly_transform(recipe, size, data):
-    from lightly.transforms import SimCLRTransform
-
-    strength, normalize = recipe.jitter[0] / 0.8, {"mean": data.mean, "std": data.std}
-    return SimCLRTransform(
-        size, cj_strength=strength, min_scale=recipe.scale[0], gaussian_blur=recipe.blur_p,
-        normalize=normalize,
-    )  # fmt: skip
-
-
-def kornia_transform(recipe, size, data):
-    import kornia.augmentation as K
-
-    crop = {"resample": "bicubic", "cropping_mode": "resample"}
-    some = [K.RandomResizedCrop((size, size), recipe.scale, **crop), K.RandomHorizontalFlip()]
-    some += [K.ColorJitter(*recipe.jitter, p=recipe.jitter_p), K.RandomGrayscale(p=recipe.gray_p)]
-    if recipe.blur_p:
-        kernel = (2 * (size // 20) + 1,) * 2
-        some += [K.RandomGaussianBlur(kernel, (0.1, 2.0), p=recipe.blur_p)]
-    mean, std = torch.tensor(data.mean), torch.tensor(data.std)
-    return K.AugmentationSequential(*some, K.Normalize(mean, std))
+    def loader(self, args):
+        how = {"batch_size": args.batch_size, "num_workers": args.workers, "drop_last": True}
+        how |= {"shuffle": True, "pin_memory": args.device != "cpu"}
+        return torch.utils.data.DataLoader(self, **how)
 
 
 def forever(make):
@@ -176,10 +161,8 @@ class FedByLoader:
 
     def __init__(self, step, data, transform, workers):
         self.step, self.workers = step, workers
-        self.loader = torch.utils.data.DataLoader(
-            PillowViews(data, transform), batch_size=step.args.batch_size, shuffle=True,
-            drop_last=True, num_workers=workers, pin_memory=step.args.device != "cpu",
-        )  # fmt: skip
+        args = SimpleNamespace(**vars(step.args) | {"workers": workers})
+        self.loader = PillowViews(data, transform).loader(args)
 
     def begin(self):
         self.batches = forever(lambda: self.loader)
@@ -197,7 +180,7 @@ def data_arms(model, data, recipes, args):
     augment = common.Augment(recipes, args.image_size, data.mean, data.std, args.device)
     augment.apply = common.compiled(augment.apply, args)
     source = forever(lambda: common.training_batches(data.pretrain, 1, args, recipes))
-    counter, step = iter(range(10**9)), Step(model, args)
+    counter, step = itertools.count(), Step(model, args)
 
     def views():
         images, _ = next(source)
@@ -209,42 +192,34 @@ def data_arms(model, data, recipes, args):
     pil = torchvision_transform(*how)
     for workers in sorted({0, 1, args.workers}):
         arms[f"pil {workers}"] = FedByLoader(step, data, pil, workers)
-    usual = {"channels_last": False, "one_pass": False, "fused": False, "compile": False}
+    usual = {"channels_last": False, "concat": False, "fused": False, "compile": False}
     for name, half in ("usual", True), ("plain", False):
-        other = Step(model, args, half, **usual, item=True)
-        arms[name] = FedByLoader(other, data, pil, args.workers)
-    try:
+        arms[name] = FedByLoader(Step(model, args, half, **usual, item=True), data, pil,
+                                 args.workers)  # fmt: skip
+    with contextlib.suppress(ImportError):
         arms["lightly"] = FedByLoader(step, data, lightly_transform(*how), args.workers)
-    except ImportError:
-        print("lightly is not installed: left out")
-    try:
-        kornia = kornia_transform(*how)
-        batches = (images.float() / 255 for images, _ in source)
-        arms["kornia"] = lambda: step([kornia(x) for x in [next(batches)] * 2])
-    except ImportError:
-        print("kornia is not installed: left out")
+    with contextlib.suppress(ImportError):
+        kornia, floats = kornia_transform(*how), (images.float() / 255 for images, _ in source)
+        arms["kornia"] = lambda: step([kornia(x) for x in [next(floats)] * 2])
     return arms
 
 
 def ladder_arms(model, views, args):
     steps = {"cached": Step(model, args), "- half precision": Step(model, args, half=False)}
     steps["- channels_last"] = Step(model, args, channels_last=False)
-    steps["- one pass"] = Step(model, args, one_pass=False)
+    steps["- one pass"] = Step(model, args, concat=False)
     if args.optimizer != "lars":  # which is ours: it is always the same
         steps["- fused"] = Step(model, args, fused=False)
-    if args.compile != "off":
+    if args.compile:
         steps["- compile"] = Step(model, args, compile=False)
-    laid_out = {step.layout: [x.to(memory_format=step.layout) for x in views]
-                for step in steps.values()}  # fmt: skip
+    laid_out = {s.layout: [x.to(memory_format=s.layout) for x in views] for s in steps.values()}
     return {name: functools.partial(step, laid_out[step.layout]) for name, step in steps.items()}
 
 
-def method_arms(argv, views):
-    arms = {}
-    for name in METHODS:
-        model, _, _, args = build(name, argv)
-        arms[name] = functools.partial(Step(model, args), views)
-    return arms
+def method_arms(views, argv):
+    built = {name: build(name, argv) for name in METHODS}
+    steps = {name: Step(model, args) for name, (model, _, _, args) in built.items()}
+    return {name: functools.partial(step, views) for name, step in steps.items()}
 
 
 def accuracy(argv, seeds):
@@ -256,15 +231,11 @@ def accuracy(argv, seeds):
         augment = common.Augment(recipes, args.image_size, data.mean, data.std, args.device)
         transform = torchvision_transform(recipes[0], args.image_size, data)
         torch.manual_seed(seed)
-        loader = torch.utils.data.DataLoader(
-            PillowViews(data, transform), batch_size=args.batch_size, shuffle=True, drop_last=True,
-            num_workers=args.workers,
-        )  # fmt: skip
+        theirs = PillowViews(data, transform).loader(args)
         done, total, warmup = 0, steps * args.epochs, args.warmup_epochs * steps
         for epoch in range(1, args.epochs + 1):
             ours = common.training_batches(data.pretrain, epoch, args, recipes)
-            for batch in ours if name == "ours" else loader:
-                common.begin_step(args)
+            for batch in ours if name == "ours" else theirs:
                 rng = common.generator(seed, "augment", done, args.device)
                 for group in step.optimizer.param_groups:
                     group["lr"] = common.learning_rate(done, total, warmup, args.scaled_lr)
@@ -297,7 +268,6 @@ def measure(arms, args):
             wait()
             start = time.perf_counter()
             for _ in range(repeats):
-                common.begin_step(args)
                 arm()
             wait()
             seconds = time.perf_counter() - start
@@ -319,8 +289,8 @@ def ceilings(args):
     source = torch.ones(megabytes * 2**20, dtype=torch.uint8, device=args.device)
     target = torch.empty_like(source)
     arms = {"matmul": lambda: a @ b, "copy": lambda: target.copy_(source)}
-    many = argparse.Namespace(device=args.device, compile="off", blocks=5, steps=5)
-    ms = {name: min(row["ms_blocks"]) for name, row in measure(arms, many).items()}
+    found = measure(arms, SimpleNamespace(device=args.device, blocks=5, steps=5))
+    ms = {name: min(row["ms_blocks"]) for name, row in found.items()}
     return {"matmul_tflops": 2 * n**3 / ms["matmul"] / 1e9,
             "copy_gb_per_s": 2 * source.numel() / ms["copy"] / 1e6}  # fmt: skip
 
@@ -339,45 +309,36 @@ def times(slow, fast):
     return statistics.median(a / b for a, b in pairs)
 
 
-def table(found, args, images, base, per_image, ceiling):
-    """Print the arms of a group and return them for the JSON. per_image: FLOP, None if unknown."""
-    rows = {}
-    print(f"\n{'arm':17}{'ms/step':>9}{'quartiles':>16}{'img/s':>8}{'s/epoch':>8}"
-          f"{'over ' + base:>13}{'TFLOP/s':>9}{'of max':>7}{'peak GB':>9}")  # fmt: skip
+def table(found, base, args, images, per_image=None, ceiling=None):
+    """Print the arms of a group and add to each what follows from its blocks."""
+    print(f"\n{'arm':17} ms/step       quartiles   img/s s/epoch  over {base:8} TFLOP/s  peak GB")
     for name, row in found.items():
         low, median, high = statistics.quantiles(row["ms_blocks"], n=4)
         rate, over = 1e3 * args.batch_size / median, 100 * (times(row, found[base]) - 1)
         row |= {"ms": median, "images_per_second": rate}
         row |= {"seconds_per_epoch": images / rate, "percent_over_base": over}
-        text = f"{name:17}{median:9.1f}{low:8.1f}-{high:7.1f}{rate:8.0f}{images / rate:8.1f}"
-        text += " " * 13 if name == "views" else f"{over:+12.1f}%"
-        if per_image and name != "views":
-            row["tflops"] = per_image * rate / 1e12
-            row["share_of_ceiling"] = row["tflops"] / ceiling
-            text += f"{row['tflops']:9.2f}{row['share_of_ceiling']:7.1%}"
-        else:
-            text += " " * 16
+        text = f"{name:17}{median:8.1f}{low:8.1f}-{high:7.1f}{rate:8.0f}{images / rate:8.1f}"
+        if name != "views":
+            text += f"{over:+13.1f}%"
+            if per_image:
+                row["tflops"] = per_image * rate / 1e12
+                row["share_of_ceiling"] = row["tflops"] / ceiling
+                text += f"{row['tflops']:8.2f}"
         print(text + (f"{row['peak_gb']:9.1f}" if "peak_gb" in row else ""))
-        rows[name] = row
-    return rows
+    return found
 
 
 def knn_cost(model, data, args, seconds_per_epoch):
     """Seconds of a kNN figure, and the share that it has of a run with one every --knn-every."""
-    backbone = copy.deepcopy(model.backbone).to(args.device, memory_format=torch.channels_last)
     for _ in range(2 if args.device.startswith("cuda") else 1):  # there the first one is slow
         start = time.perf_counter()
-        common.knn_monitor(backbone, data, args)  # reads its figure back, so it has waited
+        common.knn_monitor(model.backbone, data, args)  # reads its figure back, so it has waited
         seconds = time.perf_counter() - start
     share = seconds / (max(args.knn_every, 1) * seconds_per_epoch)
     total = len(data.train) + len(data.test)
-    print(f"\nkNN, {total} images: {seconds:.1f} s, {share:.1%} of a run"
-          f" with one every {args.knn_every} epochs")  # fmt: skip
+    print(f"\nkNN, {total} images: {seconds:.1f} s, {share:.1%} of a run with one every "
+          f"{args.knn_every} epochs")  # fmt: skip
     return {"seconds": seconds, "share": share}
-
-
-OWN = "blocks", "steps", "groups", "seeds", "json"
-GROUPS = "data", "ladder", "methods", "accuracy"
 
 
 def read_arguments():
@@ -407,30 +368,30 @@ def main():
     common.check(run.views == 2, f"--views {run.views}: the benchmark is for two views")
     run.blocks, wanted = args.blocks, args.groups.split(",")
     run.steps = args.steps or (20 if run.device.startswith("cuda") else 2)
+    about = common.describe(run)  # the commit now, not the one at the end
     augment = common.Augment(recipes, run.image_size, data.mean, data.std, run.device)
     images = data.pretrain.images[: run.batch_size]
     views = [x.clone() for x in augment(images, common.generator(0, "augment", 0, run.device))]
-    about = common.describe(run)  # the commit now, not the one at the end
     result = {"ceilings": ceilings(run), "flops_per_image": flops(model, run.image_size)}
     ceiling, per_image = result["ceilings"]["matmul_tflops"], result["flops_per_image"]
     print(f"{ceiling:.2f} TFLOP/s in matrix products, {result['ceilings']['copy_gb_per_s']:.0f} "
           f"GB/s in copying; {per_image / 1e9:.2f} GFLOP for an image's two views")  # fmt: skip
+    show = functools.partial(table, args=run, images=len(data.pretrain))
     if "accuracy" in wanted:
         result["accuracy"] = accuracy(argv, args.seeds)
-    how = {"data": lambda: data_arms(model, data, recipes, run),
-           "ladder": lambda: ladder_arms(model, views, run),
-           "methods": lambda: method_arms(argv, views)}  # fmt: skip
-    for group in [name for name in how if name in wanted]:
-        base, counted = ("simclr", None) if group == "methods" else ("cached", per_image)
-        found = measure(how[group](), run)
-        result[group] = table(found, run, len(data.pretrain), base, counted, ceiling)
-        if group == "data":
-            names, real = ("pil 0", f"pil {run.workers}", "usual", "plain"), found["real"]
-            result["times_real"] = {name: times(found[name], real) for name in names}
-            words = (f"{name} {value:.2f}" for name, value in result["times_real"].items())
-            print("times as long as real:", ", ".join(words))
-    if "data" in wanted and data.test is not None:
-        result["knn"] = knn_cost(model, data, run, result["data"]["real"]["seconds_per_epoch"])
+    if "data" in wanted:
+        found = measure(data_arms(model, data, recipes, run), run)
+        result["data"] = show(found, "cached", per_image=per_image, ceiling=ceiling)
+        names = "pil 0", f"pil {run.workers}", "usual", "plain"
+        result["times_real"] = {name: times(found[name], found["real"]) for name in names}
+        print("times as long as real:", result["times_real"])
+        if data.test is not None:
+            result["knn"] = knn_cost(model, data, run, found["real"]["seconds_per_epoch"])
+    if "ladder" in wanted:
+        found = measure(ladder_arms(model, views, run), run)
+        result["ladder"] = show(found, "cached", per_image=per_image, ceiling=ceiling)
+    if "methods" in wanted:
+        result["methods"] = show(measure(method_arms(views, argv), run), "simclr")
     if args.json:
         common.write_json(result | about, args.json)
 

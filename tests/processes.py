@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Two processes against one, in fp32. Run by hand; test_distributed.py is the test, in float64.
+"""Two processes against one, in fp32. Run by hand; the test, in float64: slow/test_distributed.py.
 
     python tests/processes.py --json processes.json --flags="--optimizer sgd --lr 1e-5"
 
@@ -30,8 +30,8 @@ WAYS = {"one": ([], 2), "two": (TORCHRUN, 1), "rounding": ([], 1)}  # words befo
 
 def train(way, name, flags, out):
     """(loss of the first epoch, the encoder's weights in one vector) of a run."""
-    (before, threads), (module, own) = WAYS[way], METHODS[name]
-    words = [sys.executable, *before, ROOT / f"{module.__name__}.py", *FIXED, *own, *flags]
+    (before, threads), (script, *own) = WAYS[way], METHODS[name].split()
+    words = [sys.executable, *before, ROOT / f"{script}.py", *FIXED, *own, *flags]
     how = {"env": os.environ | {"OMP_NUM_THREADS": str(threads)}, "text": True}
     done = subprocess.run([*map(str, words), "--out", out], capture_output=True, **how)
     said = [line for line in done.stderr.splitlines() if ": error: " in line]

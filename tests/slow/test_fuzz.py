@@ -1,5 +1,5 @@
-"""A thousand bad inputs, drawn from a seed: command lines, packed files, checkpoints, encoders and
-image folders. Each ends in one line and status 2, or is accepted, up to the point where training or
+"""Bad inputs, drawn from a seed: command lines, packed files, checkpoints, encoders and image
+folders. Each ends in one line and status 2, or is accepted, up to the point where training or
 encoding would begin. No file that was there is lost or changed, and no code in a file is run."""
 
 import contextlib
@@ -15,10 +15,11 @@ from unittest import mock
 import pytest
 import torch
 from PIL import Image
-from test_scripts import CPU, METHODS, TINY, Payload, call, image_folder, store, succeed, toy
+from test_training import CPU, METHODS, TINY, Payload, call, image_folder, store, succeed, toy
 
 import common
 
+pytestmark = pytest.mark.slow
 ANYTHING = ["", " ", "0", "-1", "1", "3", "nan", "inf", "-inf", "1e400", "1e-400", "0x10", "None"]
 ANYTHING += ["true", "..", "/", "/dev/null", "ü", "\n", "a\x00b", "%s", "{}", "9" * 30, "-", "--"]
 ANYTHING += [str(2**31), str(2**63), "1e30", "toy.pt", "kept", "kept/notes.txt", "shapes", "sgd"]
@@ -92,21 +93,20 @@ def clean():
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-@pytest.mark.parametrize("part", range(4))
-def test_command_lines(part, ground):
-    """Up to four flags with any value, after those of a run that is all right."""
-    rng, accepted = random.Random(part), 0
+def test_command_lines(ground):
+    """One or two flags with any value, after those of a run that is all right."""
+    rng, accepted = random.Random(0), 0
     scripts = [*METHODS, "linear_eval --checkpoint run/encoder.pt"]
-    for _ in range(100):
+    for _ in range(80):
         script = rng.choice(scripts)
         argv = ["--dataset", "toy.pt", *CPU, "--out", "new", *TINY[len(CPU) :]]
         argv = argv if "linear" not in script else ["--dataset", "toy.pt", *CPU]
-        for _ in range(rng.randint(1, 4)):
+        for _ in range(rng.randint(1, 2)):
             flag = rng.choice(flags_of(script.split()[0]))
             argv += [flag, rng.choice(ANYTHING)] if rng.random() < 0.9 else [flag]
         accepted += attempt(script, argv, ground)
         clean()
-    assert 0 < accepted < 80
+    assert 0 < accepted < 60
 
 
 def spoiled(value, rng):
@@ -142,8 +142,8 @@ def torn(content, rng):
 
 
 def test_packed_files(ground):
-    rng, accepted, good = random.Random(4), 0, Path("toy.pt").read_bytes()
-    for case in range(250):
+    rng, accepted, good = random.Random(7), 0, Path("toy.pt").read_bytes()
+    for case in range(40):
         Path("bad.pt").unlink(missing_ok=True)
         if case % 2:
             Path("bad.pt").write_bytes(torn(good, rng))
@@ -152,7 +152,7 @@ def test_packed_files(ground):
         argv = ["--dataset", "bad.pt", *TINY, "--out", "new"]
         accepted += attempt("simclr", argv, ground)
         clean()
-    assert 0 < accepted < 100
+    assert 0 < accepted < 20
 
 
 def test_checkpoints_and_encoders(ground):
@@ -160,7 +160,7 @@ def test_checkpoints_and_encoders(ground):
     rng, accepted = random.Random(5), 0
     saved = {name: Path("run", name) for name in ("checkpoint.pt", "encoder.pt")}
     whole = {name: common.load_file(path) for name, path in saved.items()}
-    for case, name in zip(range(200), itertools.cycle(saved), strict=False):
+    for case, name in zip(range(24), itertools.cycle(saved), strict=False):
         Path("bad").mkdir()
         file, log = Path("bad", name), Path("run/log.jsonl")
         shutil.copy(log, "bad/log.jsonl")
@@ -175,7 +175,7 @@ def test_checkpoints_and_encoders(ground):
             argv = ["--checkpoint", file, "--dataset", "toy.pt", *CPU, "--protocol", "knn"]
             accepted += attempt("linear_eval", argv, ground)
         clean()
-    assert 0 < accepted < 100
+    assert 0 < accepted < 20
 
 
 def test_image_folders(ground):
@@ -188,7 +188,7 @@ def test_image_folders(ground):
         Image.new("RGBA", (3, 500)).save(file, "webp")
         contents.append(file.getvalue())
     files = "1.png", "2.jpg", "3.txt", "4", "5.pt"
-    for case in range(150):
+    for case in range(20):
         if case % 3:
             shutil.copytree("pets", "animals")
         for _ in range(rng.randint(1, 4)):
@@ -209,4 +209,4 @@ def test_image_folders(ground):
         argv = ["--dataset", "animals", *TINY, "--batch-size", "2", "--out", "new"]
         accepted += attempt("simclr", argv, ground)
         clean()
-    assert 0 < accepted < 100
+    assert 0 < accepted < 20

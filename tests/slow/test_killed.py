@@ -17,11 +17,12 @@ import time
 from pathlib import Path
 
 import pytest
-from test_scripts import METHODS, ROOT, TINY, load, same_tensors, store, toy, without_speed
+from test_training import NARROW, ROOT, TINY, SmallEncoder, assert_same_run, store, toy
 
 import common
 
-KILLS = 10
+pytestmark = pytest.mark.slow
+KILLS = 4
 
 
 def run_once(argv, out, seconds=None, rename=None):
@@ -54,44 +55,38 @@ def run_once(argv, out, seconds=None, rename=None):
 
 
 def main():
-    """Run argv whole, then KILLS times killed or, with "renames", once for each rename, and to its
-    end; print how many were killed, and what files they left."""
+    """Run argv whole, then KILLS times killed or, with "renames", once for each rename and with a
+    small encoder, and to its end; print how many were killed, and what files they left."""
     how, *argv = sys.argv[1:]
+    if how == "renames":
+        common.resnet = SmallEncoder
     begun, rng = time.monotonic(), random.Random(0)
     assert run_once(argv, "whole") == 0
     lasted, killed, left = time.monotonic() - begun, 0, set()
     for n in itertools.count(1) if how == "renames" else range(KILLS):
-        seconds = rng.uniform(0, lasted / 5) if how == "times" else None
+        seconds = rng.uniform(0, lasted / 2) if how == "times" else None
         status = run_once(argv, "run", seconds, n if how == "renames" else None)
         assert status in (0, -signal.SIGKILL)
         killed += status != 0
         left |= {path.name for path in Path("run").glob("*")}
         if how == "renames":
             assert run_once(argv, "run") == 0
-            compare(Path("whole"), Path("run"))
+            assert_same_run("run", "whole")
             shutil.rmtree("run")
             if status == 0:  # the run had fewer renames
                 break
     if how == "times":
         assert run_once(argv, "run") == 0
-        compare(Path("whole"), Path("run"))
+        assert_same_run("run", "whole")
     print(json.dumps([killed, sorted(left)]))
 
 
-def compare(whole, run):
-    for file, key in ("checkpoint.pt", "model"), ("encoder.pt", "state_dict"):
-        ours, theirs = load(run / file), load(whole / file)
-        assert same_tensors(ours[key], theirs[key]) and ours["epoch"] == theirs["epoch"]
-    assert without_speed(run) == without_speed(whole)
-    assert {path.name for path in run.iterdir()} == {path.name for path in whole.iterdir()}
-
-
-def kill(how, name, folder, *flags):
+def kill(how, script, folder, *flags):
     """main, in a process that has not computed anything: what has cannot be forked safely."""
-    script = next(script for script, run in METHODS.items() if run == name)
     store(toy(), folder / "toy.pt")
-    argv = [*script.split(), "--dataset", "toy.pt", *TINY, *flags]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    argv = [script, "--dataset", "toy.pt", *TINY, *NARROW, "--save-every", "1", *flags]
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     where = {"cwd": folder, "env": environment, "capture_output": True, "text": True}
     driver = subprocess.run([sys.executable, __file__, how, *argv], **where)
     shutil.rmtree(folder)
@@ -99,18 +94,18 @@ def kill(how, name, folder, *flags):
     return json.loads(driver.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("name", ["byol", "corinfomax"])
-def test_killed_ten_times(name, tmp_path):
+@pytest.mark.parametrize("script", ["byol", "corinfomax"])
+def test_killed_at_any_moment(script, tmp_path):
     """With the target network, or the running covariance, that a method carries along."""
-    killed, _ = kill("times", name, tmp_path, "--epochs", "8", "--save-every", "1")
+    killed, _ = kill("times", script, tmp_path, "--epochs", "6")
     assert killed >= KILLS // 2  # others had ended before: machines differ
 
 
 def test_killed_at_every_rename(tmp_path):
-    killed, left = kill("renames", "simclr", tmp_path, "--epochs", "2", "--save-every", "1")
+    killed, left = kill("renames", "simclr", tmp_path, "--epochs", "2")
     # config, views; after each epoch checkpoint, encoder, milestone, log; once the one before
     assert killed == 2 + 2 * 4 + 1
-    names = {"config.json", "checkpoint.pt", "checkpoint.previous.pt", "encoder.pt", "log.jsonl"}
+    names = {"config.json", "views.png", "checkpoint.pt", "encoder.pt", "log.jsonl"}
     assert {f"{name}.tmp" for name in names} <= set(left)
 
 

@@ -1,0 +1,68 @@
+"""tests/benchmark.py, whose figures the README quotes: it measures every arm, and what it says."""
+
+import json
+from pathlib import Path
+
+import benchmark
+import pytest
+import torch
+from test_training import CPU, fail, folder, one_thread, small, store, succeed, toy  # noqa: F401
+
+import common
+
+pytestmark = pytest.mark.slow
+
+
+def test_every_arm_is_measured(small):  # noqa: F811
+    store(toy(64), "toy.pt")
+    argv = [*CPU, "--dataset", "toy.pt", "--stem", "imagenet", "--batch-size", "16"]
+    argv += ["--blocks", "2", "--steps", "1", "--epochs", "1", "--seeds", "1", "--json", "out.json"]
+    table = succeed("benchmark", *argv, "--groups", "data,ladder,methods,accuracy")
+    found = json.loads(Path("out.json").read_text())
+    arms = {"cached", "real", "views", "pil 0", "pil 1", "usual", "plain"}
+    assert arms <= found["data"].keys() and len(found["ladder"]) == 5
+    assert len(found["methods"]) == 9 and found["accuracy"].keys() == {"ours", "torchvision"}
+    assert found["ceilings"].keys() == {"matmul_tflops", "copy_gb_per_s"}
+    assert found["knn"].keys() == {"seconds", "share"} and found["torch"] == torch.__version__
+    for group, base in ("data", "cached"), ("ladder", "cached"), ("methods", "simclr"):
+        assert found[group][base]["percent_over_base"] == 0
+        for name, row in found[group].items():
+            assert len(row["ms_blocks"]) == 2 and name in table
+            assert row["seconds_per_epoch"] == pytest.approx(64 * row["ms"] / 16e3)
+            ratios = zip(row["ms_blocks"], found[group][base]["ms_blocks"], strict=True)
+            over = 100 * (sum(a / b for a, b in ratios) / 2 - 1)  # the median of two
+            assert row["percent_over_base"] == pytest.approx(over, abs=1e-6)
+    assert found["times_real"].keys() == {"pil 0", "usual", "plain"}
+    blocks = zip(*(found["data"][x]["ms_blocks"] for x in ("plain", "real")), strict=True)
+    assert found["times_real"]["plain"] == pytest.approx(sum(a / b for a, b in blocks) / 2)
+    assert "expected some of data" in fail("benchmark", *argv, "--groups", "speed")
+    assert "two views" in fail("benchmark", *argv, "--views", "3")
+
+
+def test_it_compares_what_it_says(folder):  # noqa: F811
+    """Each thing that the ladder takes away is gone, and the rest is there; the rivals' views have
+    our statistics."""
+    store(toy(512, 24), "toy.pt")
+    argv = ["--dataset", "toy.pt", *CPU[:-2], "--precision", "bf16", "--stem", "imagenet"]
+    argv += ["--blur", "0.5", "--optimizer", "adam", "--batch-size", "256", "--no-concat-views"]
+    model, data, recipes, args = benchmark.build("simclr", argv)
+    assert not model.concat_views and args.optimizer == "adam"
+    weight = model.backbone.conv1.weight
+    for taken in {}, *({name: False} for name in ("half", "channels_last", "fused")):
+        step = benchmark.Step(model, args, **taken)
+        copied = step.model.backbone.conv1.weight
+        assert step.args.precision == ("fp32" if "half" in taken else "bf16")
+        last = copied.is_contiguous(memory_format=torch.channels_last)
+        assert last == ("channels_last" not in taken) and torch.equal(copied, weight)
+        assert step.optimizer.param_groups[0]["fused"] == (None if "fused" in taken else True)
+    assert benchmark.Step(model, args, concat=True).model.concat_views
+    transform = benchmark.torchvision_transform(recipes[0], args.image_size, data)
+    theirs = benchmark.PillowViews(data, transform)
+    theirs = torch.stack([theirs[i][0] for i in range(512)])
+    augment = common.Augment(recipes, args.image_size, data.mean, data.std)
+    ours = augment(data.pretrain.images, common.generator(0, "augment", 0))[0]
+    assert theirs.mean().item() == pytest.approx(ours.mean().item(), abs=0.02)
+    assert theirs.std().item() == pytest.approx(ours.std().item(), rel=0.03)
+    resnet18 = common.resnet("resnet18", "small")
+    counted = benchmark.flops(benchmark.importlib.import_module("simclr").SimCLR(resnet18), 32)
+    assert counted == pytest.approx(6.66e9, rel=0.01)  # counted by hand: 3.33 GFLOP for a view

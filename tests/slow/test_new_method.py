@@ -1,0 +1,169 @@
+"""Whoever carries on adds a method as one new file. Here that is done, in a copy of the project: a
+file that keeps to the contract in common.train's docstring trains, goes on bit for bit, runs on two
+processes, is evaluated and passes the project's own tests, with no other file touched."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from test_training import CPU, ROOT, TINY, assert_same_run, load, read_log, store, toy
+
+pytestmark = pytest.mark.slow
+SIMSIAM = '''# SPDX-License-Identifier: MIT
+"""SimSiam: Exploring Simple Siamese Representation Learning.
+X. Chen, K. He, 2020, arXiv:2011.10566
+
+Idea. BYOL without the moving average: the target is the online network itself, without gradient.
+
+Loss: L = -cos(p_1, z_2) / 2 - cos(p_2, z_1) / 2, averaged over images; -1 for perfect predictions.
+
+Notation: f -> backbone, g -> projector, h -> predictor.
+
+Run:    python simsiam.py --dataset cifar10 --epochs 200
+Result: not measured.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import common
+
+
+def simsiam_loss(p1: torch.Tensor, z2: torch.Tensor) -> torch.Tensor:
+    """One direction: the mean over images of -cos(p1, z2); its gradient goes to p1 alone."""
+    with torch.autocast(p1.device.type, enabled=False):
+        dtype = torch.promote_types(p1.dtype, torch.float32)
+        p = F.normalize(p1.to(dtype), dim=1, eps=1e-4)
+        z = F.normalize(z2.detach().to(dtype), dim=1, eps=1e-4)
+        return -(p * z).sum(1).mean()
+
+
+class SimSiam(nn.Module):
+    """views -> backbone -> projector -> z -> predictor -> p."""
+
+    def __init__(self, backbone, hidden_dim=512, dim=512):
+        super().__init__()
+        self.backbone = backbone
+        self.projector = common.mlp(backbone.num_features, hidden_dim, dim)
+        self.predictor = common.mlp(dim, hidden_dim // 4, dim)
+
+    def forward(self, views, y=None):
+        """views: 2 of [B, 3, H, W]; y: [B], not used. Returns (loss, terms)."""
+        z1, z2 = (self.projector(self.backbone(x)) for x in views)
+        p1, p2 = self.predictor(z1), self.predictor(z2)
+        loss = (simsiam_loss(p1, z2) + simsiam_loss(p2, z1)) / 2
+        return loss, {"cosine": -loss.detach(), "views": float(len(views))}
+
+
+PRESETS = {"default": {"optimizer": "sgd", "lr": 0.03, "batch_size": 512, "weight_decay": 5e-4}}
+
+
+def main():
+    parser = common.base_parser(__doc__)
+    parser.add_argument("--hidden-dim", type=common.count, default=512, help="of the projector")
+    parser.add_argument("--dim", type=common.count, default=512, help="of the projections")
+    args = common.parse_args(parser, PRESETS)
+    data = common.prepare(args, "simsiam")
+    model = SimSiam(common.resnet(args.arch, args.stem), args.hidden_dim, args.dim)
+    recipes = common.symmetric(args.views, args.color_strength, args.crop_min, args.blur)
+    common.train("simsiam", model, data, recipes, args)
+
+
+if __name__ == "__main__":
+    common.run(main)
+'''
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    """A copy of the project with one more file, and toy.pt."""
+    copy = tmp_path_factory.mktemp("project") / "copy"
+    aside = shutil.ignore_patterns(".*", "__pycache__", "runs", "data", "shared")
+    shutil.copytree(ROOT, copy, ignore=aside)
+    (copy / "simsiam.py").write_text(SIMSIAM)
+    store(toy(160), copy / "toy.pt")
+    yield copy
+    shutil.rmtree(copy)
+
+
+def start(project, *words):
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    how = {"cwd": project, "env": environment | {"OMP_NUM_THREADS": "1"}, "text": True}
+    how |= {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen([sys.executable, *map(str, words)], **how)
+
+
+def finish(process, seconds=300):
+    out, err = process.communicate(timeout=seconds)
+    assert process.returncode == 0, out + err
+    return out
+
+
+TRAIN = ["simsiam.py", "--dataset", "toy.pt", *TINY, "--epochs", "3", "--knn-every", "3"]
+
+
+@pytest.fixture(scope="module")
+def trained(project):
+    printed = finish(start(project, *TRAIN, "--out", "whole"))
+    assert "linear_eval.py --checkpoint whole/encoder.pt" in printed.splitlines()[-1]
+    entry = read_log(project / "whole")[-1]
+    assert (entry["step"], entry["views"]) == (30, 2.0) and -1 <= entry["loss"] == -entry["cosine"]
+    return project / "whole"
+
+
+def test_it_goes_on_bit_for_bit(project, trained):
+    process = start(project, *TRAIN, "--out", "run")
+    checkpoint, deadline = project / "run/checkpoint.pt", time.monotonic() + 240
+    while not checkpoint.exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=300)
+    assert process.returncode == 128 + signal.SIGTERM and "stopped; to go on" in out
+    assert load(checkpoint)["step"] < 30
+    assert "resumed from step" in finish(start(project, *TRAIN, "--out", "run", "--resume"))
+    assert_same_run(project / "run", trained)
+
+
+def test_it_runs_on_two_processes(project, trained):
+    """At a low rate, at which rounding stays small, with the losses of one process."""
+    slow = [*TRAIN, "--lr", "1e-6"]
+    several = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    finish(start(project, *several, *slow, "--out", "two"))
+    finish(start(project, *slow, "--out", "one"))
+    one, two = (read_log(project / name) for name in ("one", "two"))
+    assert [e["loss"] for e in two] == pytest.approx([e["loss"] for e in one], rel=1e-3)
+
+
+def test_it_is_evaluated(project, trained):
+    argv = ["linear_eval.py", "--checkpoint", "whole/encoder.pt", "--dataset", "toy.pt"]
+    printed = finish(start(project, *argv, "--protocol", "knn", *CPU))
+    figures = json.loads(printed.splitlines()[-1])
+    assert figures["knn_top1"] == pytest.approx(read_log(trained)[-1]["knn_top1"], abs=0.04)
+
+
+def test_it_passes_the_tests_of_the_project(project):
+    """Those that look for method files, which find this one, too."""
+    files = sorted(project.glob("tests/test_*.py"))
+    files = [path for path in files if 'glob("*.py")' in path.read_text()]
+    assert files
+    words = ["-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
+    printed = finish(start(project, *words))
+    assert " passed" in printed
+    collected = finish(start(project, *words, "--collect-only"))
+    assert "simsiam" in collected
+
+
+def test_no_other_file_was_touched(project):
+    """Checked last: all of the above ran with the project's files as they are."""
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("tests/**/*.py")]:
+        assert (project / path.relative_to(ROOT)).read_bytes() == path.read_bytes()
+    mine = {path.name for path in project.glob("*.py")} - {path.name for path in ROOT.glob("*.py")}
+    assert mine == {"simsiam.py"}
+    assert Path(project, "simsiam.py").read_text() == SIMSIAM
