@@ -536,9 +536,8 @@ def knn_monitor(backbone, data, args):
 
 
 def knn_votes(bank, test, num_classes, args):
-    """Scores [N, num_classes] of nearest neighbours, and their k: --knn-k, but at most half of a
-    class's mean share of the bank, beyond which others outvote it. bank, test: Splits of features.
-    """
+    """knn_scores and their k: --knn-k, but at most half of a class's mean share of the bank, beyond
+    which others outvote it. bank, test: Splits of features."""
     k = max(1, min(args.knn_k, len(bank) // (2 * num_classes)))
     labels = bank.labels.to(bank.images.device)
     return knn_scores(bank.images, labels, test.images, num_classes, k, args.knn_temperature), k
@@ -547,8 +546,7 @@ def knn_votes(bank, test, num_classes, args):
 def knn_scores(bank, bank_labels, queries, num_classes, k=200, temperature=0.1) -> Tensor:
     """Scores [N, num_classes] of the weighted nearest-neighbour classifier (Wu et al. 2018,
     arXiv:1805.01978): of the training features `bank` [M, F] the k nearest to a query [N, F] by
-    cosine vote for their classes, each with the weight exp(cosine / temperature), up to a factor
-    for each query that keeps it from overflowing."""
+    cosine vote for their classes, each with the weight exp(cosine / temperature)."""
     bank, k, scores = F.normalize(bank), min(k, len(bank)), []
     for query in F.normalize(queries).split(512):
         similarity, nearest = (query @ bank.T).topk(k)
@@ -581,8 +579,7 @@ def collapse_figures(features):
 # --------------------------------------------------------------------------------------------------
 # 6  A term for any method: more, or less, of the image in the representation
 
-MI_WEIGHTS = {"rc": 1.0, "lbe": 1.0, "ip": 5e-4, "mib": 5e-4}  # InfoCL with SimCLR; its BYOL: .1,
-# and its Barlow Twins 1, of a loss that is not scaled by .1
+MI_WEIGHTS = {"rc": 1.0, "lbe": 1.0, "ip": 5e-4, "mib": 5e-4}  # InfoCL with SimCLR; its BYOL: .1
 NOISE = 0.1  # S002: sigma, the deviation of the noise on the representation
 
 
@@ -590,10 +587,10 @@ def lower_bound_estimate(mu: Tensor, z: Tensor, rho: float = 0.05) -> Tensor:
     """I_NCE~(z, v), up to constants a lower bound of the information in z about its image (S002):
     -mean_k log sum_l exp(-rho |z_l - mu_k|^2), to be maximised.
 
-    mu: [N, F] representations f(v); z: [N, F] the same with noise, mu + sigma * noise; rho: scale,
-    S002 .05. Returns a scalar in nats, in float32 at least, from -log N (all in one place) to about
-    0 (all far apart). The text sums over z for each mu, as here; the code of its authors
-    (Haoqing-Wang/InfoCL mi_estimators.py) over mu for each z. The values hardly differ."""
+    mu: [N, F] representations f(v); z: [N, F] the same with noise, mu + sigma * noise; rho: scale.
+    Returns a scalar in nats, in float32 at least, from -log N (all in one place) to about 0 (all
+    far apart). Sums over z for each mu, as S002's text; its code (Haoqing-Wang/InfoCL
+    mi_estimators.py) over mu for each z. The values hardly differ."""
     with torch.autocast(mu.device.type, enabled=False):
         dtype = torch.promote_types(mu.dtype, torch.float32)
         # Differences, not |a|^2 + |b|^2 - 2ab, which cancels where points are close.
@@ -608,12 +605,11 @@ class MutualInformation(nn.Module):
     rc   add the error of reconstructing each view from its h: mean over pixels, summed over views
     lbe  subtract lower_bound_estimate over all views together, with noise on h
     ip   add the squared distance of the two views' h: drops what the views do not share
-    mib  the same with noise on h. S002 prints ip and mib alike; the heads get the noise, too
+    mib  the same with noise on h, which the heads get, too; in train mode alone
     Here: as InfoCL's code. One decoder and a mean over pixels (S002: a decoder for each view, and a
     sum, 3072 times this term on CIFAR); ip and mib are means over features, too; lbe is a weighted
     sum over three depths, rho 1/20, for images of at most 64 pixels, and of larger ones the last
-    depth alone, rho 1/80. The noise without a term (S002 4.0.2) is mib with the weight 0.
-    Evaluation never sees the noise: it comes in train mode alone."""
+    depth alone, rho 1/80. The noise without a term (S002 4.0.2) is mib with the weight 0."""
 
     def __init__(self, method, kind, weight, image_size):
         super().__init__()
@@ -656,15 +652,12 @@ class MutualInformation(nn.Module):
             return None
         mu = full_precision(h)
         mu = mu.mean((2, 3)) if mu.ndim == 4 else mu
-        z = mu + NOISE * self.noise(mu) if self.kind in ("lbe", "mib") else mu
+        z = mu
+        if self.kind in ("lbe", "mib"):  # drawn for the whole batch, also where others have a part
+            whole = len(mu) // self.batch, self.batch * world_size(), mu.shape[1]
+            z = mu + NOISE * mine(torch.randn(whole, device=mu.device), 1).flatten(0, 1)
         self.kept.setdefault(name, []).append((mu, z))
         return None if name else z.to(h.dtype)
-
-    def noise(self, mu):
-        """Drawn for the whole batch, of which several processes have a part each."""
-        views, batch = len(mu) // self.batch, self.batch * world_size()
-        drawn = torch.randn(views, batch, mu.shape[1], device=mu.device)
-        return mine(drawn, 1).flatten(0, 1)
 
     def after_step(self, progress):
         if hasattr(self.method, "after_step"):
@@ -718,25 +711,41 @@ class Run:
 
     def begin(self, augment):
         """Make the folder, or go on from what was saved in it. Returns the steps that are done."""
-        fresh = on_first(self.is_fresh)
+        there = on_first(lambda: {path.name for path in self.folder.glob("*")})
+        fresh = {name for name in there if not name.endswith(".tmp")} <= BEGINNING
         free = fresh or self.args.resume
         check(free, f"{self.folder} holds a run or other files: add --resume, or another --out")
+        self.announce()
         if fresh:
             on_first(lambda: self.folder.mkdir(parents=True, exist_ok=True))
             on_first(lambda: write_json(describe(self.args), self.folder / "config.json"))
-        else:
-            self.restore()
-        self.announce()
-        if self.step:
-            print(f"resumed from step {self.step} (epoch {self.epoch})")
-            on_first(self.write_log)  # without what came after the checkpoint
-            on_first(self.save_encoder)  # a kill may have left an older one
-        else:
             on_first(lambda: save_views(self.data, augment, self.args, self.folder / "views.png"))
             if self.with_knn:
                 self.untrained = knn_monitor(self.model.backbone, self.data, self.args)
+        else:
+            self.restore()
+            print(f"resumed from step {self.step} (epoch {self.epoch})")
+            on_first(self.write_log)  # without what came after the checkpoint
+            on_first(self.save_encoder)  # a kill may have left an older one
         self.progress.begin(self.epoch + 1, self.step - self.epoch * self.steps)
         return self.step
+
+    def announce(self):
+        """What will happen, in words. config.json has every setting."""
+        args, data = self.args, self.data
+        weights = sum(p.numel() for p in self.model.parameters() if p.requires_grad) / 1e6
+        test = f"{len(data.test)} test images" if data.test is not None else "no test images"
+        held = "in memory" if data.pretrain.in_memory else f"decoded by {args.workers} workers"
+        steps = f"{args.epochs} epochs of {self.steps} steps of {args.batch_size} images"
+        rate = f"{args.optimizer}, learning rate up to {args.scaled_lr:.4g} after "
+        rate += f"{args.warmup_epochs:g} epochs of warm-up, weight decay {args.weight_decay:g}"
+        device = f"{describe(args)['device']}, {args.precision}" + ", compiled" * args.compile
+        say("method", f"{self.method}: {args.arch}, {args.stem} stem, {weights:.1f} M parameters")
+        say("data", f"{data.name}: {len(data.pretrain)} training images, {test}, {held}")
+        say("steps", f"{steps}, {args.views} views of each, {args.image_size} pixels a side")
+        say("optimiser", rate)
+        say("device", f"{device}, processes: {world_size()}")
+        say("folder", str(self.folder))
 
     def after_step(self, step, loss, terms):
         """Add up loss and terms. Where a signal came, save and exit."""
@@ -792,45 +801,23 @@ class Run:
         words += ["--validation-fraction", "0.1"] if data.test is None else []
         print(shlex.join(["python", "linear_eval.py", *words]))
 
-    def announce(self):
-        """What will happen, in words. config.json has every setting."""
-        args, data = self.args, self.data
-        test = f"{len(data.test)} test images" if data.test is not None else "no test images"
-        workers = f"decoded from disk by {args.workers} workers"
-        held = "in memory" if data.pretrain.in_memory else workers
-        weights = sum(p.numel() for p in self.model.parameters() if p.requires_grad) / 1e6
-        rate = f"{args.optimizer}, learning rate up to {args.scaled_lr:.4g} after "
-        rate += f"{args.warmup_epochs:g} epochs of warm-up, weight decay {args.weight_decay:g}"
-        device = f"{describe(args)['device']}, {args.precision}" + ", compiled" * args.compile
-        say("method", f"{self.method}: {args.arch}, {args.stem} stem, {weights:.1f} M parameters")
-        say("data", f"{data.name}: {len(data.pretrain)} training images, {test}, {held}")
-        say("views", f"{args.views} of each image, {args.image_size}x{args.image_size} pixels")
-        say("steps", f"{args.epochs} epochs of {self.steps} steps of {args.batch_size} images")
-        say("optimiser", rate)
-        say("device", device + f", {world_size()} processes" * (world_size() > 1))
-        say("folder", str(self.folder))
-
-    def is_fresh(self):
-        """Whether there is no folder yet, or one whose run ended before it saved anything."""
-        there = {file.name for file in self.folder.glob("*") if file.suffix != ".tmp"}
-        return there <= BEGINNING
-
     def restore(self):
         """Go on from checkpoint.pt, or from the one before it where that is damaged or missing."""
         path, previous = self.folder / "checkpoint.pt", self.folder / "checkpoint.previous.pt"
         try:
-            self.load(path, on_first(lambda: load_whole(path)))
+            self.load(path)
         except InputError as error:
             try:
-                self.load(previous, on_first(lambda: load_whole(previous)))
+                self.load(previous)
             except InputError:
                 raise error from None
             print(f"{error}; going on from {previous}", file=sys.stderr)
             on_first(lambda: os.replace(previous, path))  # else a damaged one would become previous
 
-    def load(self, path, saved):
+    def load(self, path):
         """What `save` wrote; InputError where it is of another run, or of none."""
-        try:
+        saved = on_first(lambda: load_whole(path))
+        with readable(path, "does not fit"):
             method, config = saved["method"], saved["config"]
             check(method == self.method, f"{path} is a checkpoint of {method}, not {self.method}")
             for key in sorted(vars(self.args).keys() - set(FREE)):
@@ -840,16 +827,11 @@ class Run:
             self.model.load_state_dict(saved["model"])
             self.optimizer.load_state_dict(saved["optimizer"])
             self.scaler.load_state_dict(saved["scaler"])
-            self.epoch, self.step = int(saved["epoch"]), int(saved["step"])
-            self.log, self.untrained = [dict(entry) for entry in saved["log"]], saved["untrained"]
-            sums = saved["sums"].items()
+            self.epoch, self.step, self.log = saved["epoch"], saved["step"], saved["log"]
+            self.untrained, sums = saved["untrained"], saved["sums"].items()
             self.sums = {name: torch.tensor(v, device=self.args.device) for name, v in sums}
-        except InputError:
-            raise
-        except Exception as error:  # restoring a stranger's file can raise anything
-            raise InputError(f"{path} does not fit: {' '.join(str(error).split())[:200]}") from None
-        fits = 0 <= self.step - self.epoch * self.steps <= self.steps
-        check(fits, f"{path} was made with another number of images")
+            fits = 0 <= self.step - self.epoch * self.steps <= self.steps
+            check(fits, f"{path} was made with another number of images")
 
     def save(self):
         """checkpoint.pt has what is needed to go on, encoder.pt what is needed to use it. What is
@@ -893,20 +875,20 @@ class Run:
             file.write("".join(json.dumps(entry) + "\n" for entry in self.log).encode())
 
     def means(self, sums):
-        """Means over the steps of the epoch; a loss that is not finite ends the run."""
+        """Means over the steps of the epoch; one that is not finite ends the run."""
         steps = max(1, self.step - self.epoch * self.steps)
         means = {name: float(total) / steps for name, total in sums.items()}
         rate = self.optimizer.param_groups[0]["lr"]
         wrong = f"step {self.step}: the loss is not finite; means of this epoch: {means}, learning "
         wrong += f"rate {rate:.3g}; try a lower --lr and another --out"
-        check(math.isfinite(means.get("loss", 0.0)), wrong)
+        check(all(map(math.isfinite, means.values())), wrong)
         return means
 
     def leave(self, number):
         """After a signal and a save: how to go on, and the exit status of that signal."""
-        words = [word for word in sys.argv if word != "--resume"]
-        with contextlib.suppress(OSError):
-            print(f"stopped; to go on: {command([*words, '--resume'])}", flush=True)
+        again = describe(self.args)["command"].replace(" --resume", "") + " --resume"
+        with contextlib.suppress(OSError):  # where the terminal is gone
+            print(f"stopped; to go on: {again}", flush=True)
         agreed(0)  # nobody leaves while the first process saves: torchrun would end it
         sys.exit(128 + number)
 
@@ -925,7 +907,6 @@ class Progress:
         self.terminal = sys.stdout.isatty()
 
     def begin(self, epoch, done=0):
-        """An epoch of which some steps are done."""
         self.epoch, self.first = epoch, done
         self.start = self.last = time.time()
 
@@ -938,14 +919,12 @@ class Progress:
         if time.time() - self.last < (0.5 if self.terminal else 60):
             return False
         self.last, rate = time.time(), self.rate(done)
-        todo = (self.epochs - self.epoch + 1) * self.steps - done
-        left = f"{todo * self.batch_size / rate / 60:.1f} min left"  # of the whole run
-        loss = float(loss_sum) / done
-        self.show(f"step {done}/{self.steps}  loss {loss:.4f}, {rate:.0f} img/s, {left}", end="")
+        todo = (self.epochs - self.epoch + 1) * self.steps - done  # in the whole run
+        left = f"{rate:.0f} img/s, {todo * self.batch_size / rate / 60:.1f} min left"
+        self.show(f"step {done}/{self.steps}  loss {float(loss_sum) / done:.4f}, {left}", end="")
         return True
 
     def show(self, text, end="\n"):
-        """A line about this epoch."""
         before, end = ("\r", "\033[K" + end) if self.terminal else ("", "\n")
         print(f"{before}epoch {self.epoch}/{self.epochs}  {text}", end=end, flush=True)
 
@@ -958,11 +937,10 @@ def save_views(data, augment, args, path):
         items = [(i, i) for i in range(len(split))]
         images, _ = next(decode(split, items, len(items), args, augment.recipes))
     views = augment(images, generator(args.seed, "views", 0, args.device))
-    views = [(view * augment.std + augment.mean).clamp(0, 1) for view in views]
-    images = images[:, 0] if images.ndim == 5 else images
+    views = [view * augment.std + augment.mean for view in views]
+    images = images[:, 0] if images.ndim == 5 else images  # the first crop
     cells = torch.stack([evaluation_view(images, augment.size, (0, 0, 0), (1, 1, 1)), *views], 1)
-    zoom = max(1, 96 // augment.size)
-    cells = cells.flatten(0, 1).repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
+    cells = F.interpolate(cells.flatten(0, 1), scale_factor=max(1, 96 // augment.size))
     with atomic_write(path) as file:
         how = {"nrow": 1 + len(views), "padding": 4, "pad_value": 1}
         torchvision.utils.save_image(cells, file, "png", **how)
@@ -1000,9 +978,6 @@ class Split:
     def __len__(self):
         return len(self.images)
 
-    def __getitem__(self, index: slice):
-        return Split(self.images[index], self.labels[index])
-
     def spread(self, count):
         """`count` images evenly spread over the split, which may be sorted by class; 0: all."""
         if not 0 < count < len(self):
@@ -1018,11 +993,9 @@ class Split:
 
     def part(self):
         """This process's part: one after the other, of equal size, the last image repeated."""
-        if world_size() == 1:
-            return self
-        size = math.ceil(len(self) / world_size())
-        index = torch.arange(rank() * size, (rank() + 1) * size)
-        return self.take(index.clamp(max=len(self) - 1))
+        size = math.ceil(len(self) / world_size()) * world_size()
+        index = torch.arange(size).clamp(max=len(self) - 1)
+        return self.take(mine(index)) if world_size() > 1 else self
 
     @property
     def in_memory(self):
@@ -1047,13 +1020,17 @@ class Dataset:
 
     def to(self, device):
         test, pretrain = self.test and self.test.to(device), self.pretrain.to(device)
-        train = pretrain[: len(self.train)]  # the same memory
+        n = len(self.train)
+        train = Split(pretrain.images[:n], pretrain.labels[:n])  # the same memory
         return dataclasses.replace(self, train=train, test=test, pretrain=pretrain)
 
 
 def load_dataset(name: str, data_dir="data") -> Dataset:
     """A dataset of the table, a folder in ImageFolder layout, or a packed .pt file."""
     path, names = Path(name), ", ".join(DATASETS)
+    if name == "shapes":
+        packed = {"train": shapes(4000, "train"), "test": shapes(1000, "test"), "classes": SHAPES}
+        return from_packed(name, packed)
     if name in DATASETS:
         return load_known(name, Path(data_dir))
     if path.suffix == ".pt":
@@ -1063,25 +1040,21 @@ def load_dataset(name: str, data_dir="data") -> Dataset:
 
 
 def load_known(name, root) -> Dataset:
-    """A dataset of the table: drawn, packed, in folders, or packed now from what is published. A
-    note says where what was found does not look like that dataset."""
-    if name == "shapes":
-        packed = {"train": shapes(4000, "train"), "test": shapes(1000, "test"), "classes": SHAPES}
-        return from_packed(name, packed)
-    stored, folder = root / f"{name}.pt", root / name
+    """A dataset of the table: packed, in folders, or packed now from what is published. A note says
+    where what was found does not look like that dataset."""
+    path, folder = root / f"{name}.pt", root / name
     if name == "tiny_imagenet" and (root / TINY).is_dir():
         folder = root / TINY
-    path = folder if (folder / "train").is_dir() and not stored.is_file() else stored
-    if path == folder:
-        data = load_folder(folder)
-    elif stored.is_file():
-        data = from_packed(name, load_file(stored), stored)
+    if path.is_file():
+        data = from_packed(name, load_file(path), path)
+    elif (folder / "train").is_dir():
+        path, data = folder, load_folder(folder)
     else:
         npz = name == "imagenet64" and folder.is_dir()
         packed = pack_imagenet64(folder) if npz else download(name, root)
-        data = from_packed(name, packed, stored)  # what it refuses is not stored
+        data = from_packed(name, packed, path)  # what it refuses is not stored
         root.mkdir(parents=True, exist_ok=True)
-        with atomic_write(stored) as file:
+        with atomic_write(path) as file:
             torch.save(packed, file)
     classes, size = DATASETS[name]
     if not data.train.in_memory:
@@ -1108,21 +1081,21 @@ def from_packed(name, packed, path=None) -> Dataset:
     train = pretrain = splits["train"]
     if "unlabeled" in splits:
         more = splits["unlabeled"]
-        labels = torch.cat([train.labels, torch.full((len(more),), -1)])
-        pretrain = Split(torch.cat([train.images, more.images]), labels)
+        images = torch.cat([train.images, more.images])
+        pretrain = Split(images, torch.cat([train.labels, more.labels]))
     statistics = pixel_statistics(train.images)
     return Dataset(name, classes, train, splits.get("test"), pretrain, min(sizes[0]), *statistics)
 
 
 def packed_split(what, split, num_classes) -> Split:
-    images = split.get("images") if isinstance(split, dict) else None
+    split = split if isinstance(split, dict) else {}
+    images, labels = split.get("images"), split.get("labels")
     right = isinstance(images, Tensor) and images.dtype == torch.uint8 and images.ndim == 4
     right = right and images.shape[1] in (1, 3) and images.numel() > 0
     check(right, f"{what} images should be a uint8 tensor [N, 1 or 3, H, W], N > 0")
     images = images.expand(-1, 3, -1, -1).contiguous()
     if what.endswith("unlabeled"):
-        return Split(images, None)
-    labels = split.get("labels")
+        return Split(images, torch.full((len(images),), -1))
     right = isinstance(labels, Tensor) and labels.dtype == torch.int64
     right = right and labels.shape == images.shape[:1]
     check(right, f"{what} labels should be an int64 tensor [N], N = {len(images)}")
@@ -1145,7 +1118,7 @@ def pixel_statistics(images: Tensor):
 
 def download(name, root) -> dict:
     """A named dataset through torchvision's own download, as a packed dict."""
-    sets, packed, val = torchvision.datasets, {}, {"train": "train", "test": "val"}
+    sets, val, packed = torchvision.datasets, {"train": "train", "test": "val"}, {}
     fetch = {
         "cifar10": lambda split: sets.CIFAR10(root, split == "train", download=True),
         "cifar100": lambda split: sets.CIFAR100(root, split == "train", download=True),
@@ -1167,44 +1140,39 @@ def download(name, root) -> dict:
             raise InputError(f"{name}: the download failed ({reason}); without it, {how}") from None
         images, labels = [], []
         for image, label in source:
-            image = image.convert("RGB")
-            if name == "imagenette":  # sizes differ: we keep the central square
-                image = TF.center_crop(image, 160)
-            images.append(TF.pil_to_tensor(image))
-            labels.append(-1 if label is None else int(label))
+            pixels = TF.pil_to_tensor(image.convert("RGB"))
+            images.append(TF.center_crop(pixels, 160) if name == "imagenette" else pixels)
+            labels.append(int(label))
         packed[split] = {"images": torch.stack(images), "labels": torch.tensor(labels)}
     names = [c if isinstance(c, str) else c[0] for c in source.classes]  # Imagenette has synonyms
     return {**packed, "classes": names}
 
 
 def pack_imagenet64(folder) -> dict:
-    """ImageNet at 64 x 64 pixels from its own files, of which some may do for training."""
+    """ImageNet at 64 x 64 pixels from its own files, of which some may do for training. Labels are
+    read first, so that the images, 15.7 GB in all, have their place and are in memory once."""
     train = sorted(folder.glob("train_data_batch_*.npz"), key=lambda file: (len(file.name), file))
     check(train, f"{folder}: no train_data_batch_1.npz, train_data_batch_2.npz, ...")
-    classes = [str(i + 1) for i in range(DATASETS["imagenet64"][0])]
-    test = join_npz([folder / "val_data.npz"])
-    return {"train": join_npz(train), "test": test, "classes": classes}
-
-
-def join_npz(files) -> dict:
-    """ImageNet64's files as one split. Labels are read first, so that the images, 15.7 GB in all,
-    have their place and are in memory once."""
-    labels = []
-    for file in files:
-        with readable(file, "file of ImageNet64"), np.load(file, allow_pickle=False) as arrays:
-            labels.append(torch.from_numpy(arrays["labels"].astype(np.int64)) - 1)
-    counts, side = [len(own) for own in labels], DATASETS["imagenet64"][1]
-    images = torch.empty(sum(counts), 3, side, side, dtype=torch.uint8)
-    for file, part in zip(files, images.split(counts), strict=True):
-        with readable(file, "file of ImageNet64"), np.load(file, allow_pickle=False) as arrays:
-            pixels = arrays["data"]
-            check(pixels.dtype == np.uint8, f"{file}: data is {pixels.dtype}, not uint8")
-            part.copy_(torch.from_numpy(pixels).view(part.shape))
-    return {"images": images, "labels": torch.cat(labels)}
+    (number, side), odd = DATASETS["imagenet64"], "not a readable file of ImageNet64"
+    packed = {"classes": [str(i + 1) for i in range(number)]}
+    for split, files in {"train": train, "test": [folder / "val_data.npz"]}.items():
+        labels = []
+        for file in files:
+            with readable(file, odd), np.load(file, allow_pickle=False) as arrays:
+                labels.append(torch.from_numpy(arrays["labels"].astype(np.int64)) - 1)
+        counts = [len(own) for own in labels]
+        images = torch.empty(sum(counts), 3, side, side, dtype=torch.uint8)
+        for file, part in zip(files, images.split(counts), strict=True):
+            with readable(file, odd), np.load(file, allow_pickle=False) as arrays:
+                pixels = arrays["data"]
+                check(pixels.dtype == np.uint8, f"{file}: data is {pixels.dtype}, not uint8")
+                part.copy_(torch.from_numpy(pixels).view(part.shape))
+        packed[split] = {"images": images, "labels": torch.cat(labels)}
+    return packed
 
 
 def read_image(path) -> Image.Image:
-    with readable(path, "image"), Image.open(path) as image:
+    with readable(path, "not a readable image"), Image.open(path) as image:
         return image.convert("RGB")
 
 
@@ -1215,13 +1183,12 @@ def load_folder(root: Path) -> Dataset:
     check((root / "train").is_dir(), f"{root}: no folder train/; expected train/CLASS/*.jpg")
     classes, (test, val) = folders_in(root / "train"), (root / "test", root / "val")
     found = {"train": labelled_images(root / "train", classes)}
+    labelled = val if val.is_dir() and not folders_in(test) else test
     if (val / ANNOTATIONS).is_file():
         found["test"] = annotated_images(val, classes)
-    elif folders_in(test) or test.is_dir() and not val.is_dir():
-        found["test"] = labelled_images(test, classes)
-    elif val.is_dir():
-        found["test"] = labelled_images(val, classes)
-        if test.is_dir():  # as ImageNet's, whose test images have no labels
+    elif labelled.is_dir():
+        found["test"] = labelled_images(labelled, classes)
+        if labelled == val and test.is_dir():  # as ImageNet's, whose test images have no labels
             print(f"note: {test} has no folders of classes: {val} is taken")
     shape = TF.pil_to_tensor(read_image(found["train"].images[0])).shape
     if shape.numel() * sum(map(len, found.values())) <= MEMORY_LIMIT:
@@ -1250,14 +1217,15 @@ def labelled_images(folder, classes) -> Split:
 
 def annotated_images(folder, classes) -> Split:
     """Tiny ImageNet's val/: images/, and a table of file, class and more, separated by tabs."""
-    table, number = folder / ANNOTATIONS, {name: i for i, name in enumerate(classes)}
-    with readable(table, "table of images and classes"):
-        rows = [line.split("\t") for line in table.read_text("utf-8").splitlines()]
-        labels = torch.tensor([number[row[1]] for row in rows])
-    files = [folder / "images" / row[0] for row in rows]
+    table, files, labels = folder / ANNOTATIONS, [], []
+    with readable(table, "not a readable table of images and classes"):
+        for line in table.read_text("utf-8").splitlines():
+            file, name, *_ = line.split("\t")
+            files.append(folder / "images" / file)
+            labels.append(classes.index(name))
     odd = sorted(set(files) ^ set(images_in(folder)))
     check(not odd, f"{table}: it and images/ differ in {len(odd)} files, as {odd[:1]}")
-    return Split(files, labels)
+    return Split(files, torch.tensor(labels))
 
 
 def hold_in_memory(split, shape):
@@ -1277,12 +1245,12 @@ SHAPES = [f"{texture} {FIGURES[i % 5]}" for i, texture in enumerate(TEXTURES)]
 
 
 def shapes(count: int, split: str, size: int = 32) -> dict:
-    """`count` images of ten classes, drawn: five figures, each with two textures of its own.
+    """`count` images of ten classes, drawn: five figures, each with two textures of its own. The
+    same images for the same count and split, everywhere.
 
-    Place, size, a little rotation, the texture's pitch and tones, tints and noise differ from image
-    to image. What a crop keeps and other images differ in, above all the mean color, is kept small:
-    it is what a method without negatives would learn first. Nearest neighbours in pixels do well,
-    too. The same images for the same count and split, everywhere.
+    Place, size, rotation, the texture's pitch and tones, tints and noise differ from image to
+    image. What a crop keeps and other images differ in, above all the mean color, is kept small: it
+    is what a method without negatives would learn first.
     Returns {"images": uint8 [N, 3, size, size], "labels": int64 [N]}."""
     rng = generator(0, f"shapes {split}", count)
     labels = torch.randperm(count, generator=rng) % len(SHAPES)
@@ -1310,12 +1278,12 @@ def draw_shapes(labels, size, rng):
 
     s = (x * tilt.cos() + y * tilt.sin()) * pitch  # in the texture's frame
     t = (y * tilt.cos() - x * tilt.sin()) * pitch
-    shifted = 0.7 * s + (t / tau).floor() % 2 * math.pi  # every second course of bricks
+    bricks = 0.7 * s + (t / tau).floor() % 2 * math.pi  # every second course shifted
     light = [s.sin(), s.sin() * t.sin(), s.cos() + t.cos() - 0.7, (8 * torch.atan2(v, u)).sin()]
     light += [(rho * radius * pitch).sin(), (s + 1.6 * t.sin().asin()).sin()]
     light += [s.sin().maximum(t.sin()) - 0.75]
     light += [(0.45 * s).sin() + (0.35 * t + 1).sin() + (0.3 * (s + t)).cos()]
-    light += [(t.sin() + 0.8).minimum(shifted.sin() + 0.85), torch.ones_like(s)]
+    light += [(t.sin() + 0.8).minimum(bricks.sin() + 0.85), torch.ones_like(s)]
     light = (torch.stack(light)[labels, every] > 0)[:, None]
 
     sign = uniform(-1, 1, 1, 1, 1, 1).sign()  # which of the texture's two parts is the light one
@@ -1336,16 +1304,15 @@ class DecodedViews(torch.utils.data.Dataset):
 
     def __getitem__(self, item):
         index, number = item
-        image, crops = read_image(self.split.images[index]), []
+        image = read_image(self.split.images[index])
         boxes = [centre_box(image.height, image.width, self.size)]
         if number is not None:
             rng, frame = generator(self.seed, "crop", number), (1, image.height, image.width)
             draw = random_resized_crop_params
             boxes = [draw(*frame, recipe.scale, generator=rng) for recipe in self.recipes]
-        for box in boxes:
-            size, mode = [self.size, self.size], TF.InterpolationMode.BICUBIC
-            crops.append(TF.pil_to_tensor(TF.resized_crop(image, *map(int, box), size, mode)))
-        return torch.stack(crops), self.split.labels[index]
+        how = [self.size, self.size], TF.InterpolationMode.BICUBIC
+        crops = [TF.resized_crop(image, *map(int, box), *how) for box in boxes]
+        return torch.stack(list(map(TF.pil_to_tensor, crops))), self.split.labels[index]
 
 
 def decode(split, items, batch_size, args, recipes=()):
@@ -1423,8 +1390,7 @@ def shared_arguments(p):
     p.add_argument("--workers", type=whole, help="processes that decode images (default: by cores)")
     p.add_argument("--seed", type=whole, default=0, help="the only source of randomness")
     p.add_argument("--device", help="cuda, cpu, ... (default: cuda where there is one)")
-    p.add_argument("--timeout", type=number(float, 1, 1e7), default=1800.0,
-                   help="seconds after which a process that waits for another one gives up")
+    p.add_argument("--timeout", type=number(float, 1, 1e7), default=1800.0, help="of processes, s")
     p.add_argument("--precision", choices=PRECISIONS, help="default: bf16 where it is fast")
     p.add_argument("--image-size", type=number(int, 8), help="side of the views (default: by data)")
     p.add_argument("--arch", choices=ARCHITECTURES, default="resnet18", help="torchvision's name")
@@ -1446,8 +1412,8 @@ def base_parser(description):
     p.add_argument("--lr-scaling", choices=SCALINGS, default="linear", help="of lr with the batch")
     p.add_argument("--momentum", type=fraction, default=0.9, help="of sgd and lars")
     p.add_argument("--weight-decay", type=number(float, 0), help="not on 1-D tensors")
-    p.add_argument("--warmup-epochs", type=number(float, 0), default=10.0,
-                   help="of linear warm-up; unless given here, at most a tenth of the epochs")
+    p.add_argument("--warmup-epochs", type=number(float, 0), default=10.0, help="if not given: at "
+                   "most a tenth of the epochs")
     p.add_argument("--views", type=number(int, 2), default=2, help="views of each image")
     p.add_argument("--color-strength", type=number(float, 0, 4), default=1.0, help="of the jitter")
     p.add_argument("--crop-min", type=number(float, 1e-3, 1), default=0.08, help="share of area")
@@ -1460,8 +1426,7 @@ def base_parser(description):
                    help="torch.compile (default: on a GPU, for runs of 2000 steps or more)")
     p.add_argument("--out", help="folder of the run (default: runs/METHOD_DATASET_ARCH)")
     p.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
-    p.add_argument("--save-every", type=whole, default=0, help="epochs between encoder_EPOCH.pt, "
-                   "which are kept beside encoder.pt; 0: none")
+    p.add_argument("--save-every", type=whole, default=0, help="epochs between encoder_EPOCH.pt")
     p.add_argument("--knn-every", type=whole, default=10, help="epochs between kNN figures; 0 none")
     return p
 # fmt: on
@@ -1472,20 +1437,21 @@ def parse_args(parser, presets, *variants, argv=None):
     "default", then the dataset's, then those named by a variant, then "DATASET VARIANT"; a variant
     is the value of a flag named in `variants`, or the flag's own name where it is a switch. Says
     which presets there were and what the command line gave."""
+    words = sys.argv[1:] if argv is None else argv
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for flag in ("dataset", *variants):
         default = parser.get_default(flag)
         how = {"action": "store_true"} if default is False else {"nargs": "?", "default": default}
         first.add_argument(f"--{flag.replace('_', '-')}", **how)
-    known, _ = first.parse_known_args(argv)
+    known, _ = first.parse_known_args(words)
     dataset = Path(known.dataset or "")
     name = dataset.stem if dataset.suffix == ".pt" else str(dataset)
-    words = [flag if getattr(known, flag) is True else getattr(known, flag) for flag in variants]
-    keys = ["default", name, *words, *(f"{name} {word}" for word in words)]
+    picked = [flag if getattr(known, flag) is True else getattr(known, flag) for flag in variants]
+    keys = ["default", name, *picked, *(f"{name} {word}" for word in picked)]
     keys = [key for key in keys if key in presets]
-    parser.set_defaults(**{flag: value for key in keys for flag, value in presets[key].items()})
-    args = parser.parse_args(argv)
-    words = sys.argv[1:] if argv is None else argv
+    for key in keys:
+        parser.set_defaults(**presets[key])
+    args = parser.parse_args(words)
     say("settings", f"preset {' + '.join(keys)}; given: {shlex.join(words) or 'nothing'}")
     typed = any(word.startswith("--warmup-epochs") for word in words)
     if "warmup_epochs" in vars(args) and not typed:  # meant for a long run
@@ -1497,25 +1463,24 @@ def prepare(args, method) -> Dataset:
     """The dataset, on the device; fills in the arguments that follow from it and the machine."""
     resolve_hardware(args)
     data = load_once(args)
-    images = f"the {len(data.pretrain)} training images"
-    check(args.batch_size <= len(data.pretrain), f"--batch-size {args.batch_size} exceeds {images}")
-    uneven = f"--batch-size {args.batch_size} is not a multiple of the {world_size()} processes"
-    check(args.batch_size % world_size() == 0, uneven)
-    more = f"{data.name} has {len(data.pretrain)} training images here, and more on another machine"
-    check(agreed(len(data.pretrain)) == len(data.pretrain), more)
+    batch, count = args.batch_size, len(data.pretrain)
+    check(batch <= count, f"--batch-size {batch} exceeds the {count} training images")
+    uneven = f"--batch-size {batch} is not a multiple of the {world_size()} processes"
+    check(batch % world_size() == 0, uneven)
+    more = f"{data.name} has {count} training images here, and more on another machine"
+    check(agreed(count) == count, more)
+    longer = f"--warmup-epochs {args.warmup_epochs:g} exceeds --epochs {args.epochs}"
+    check(args.warmup_epochs <= args.epochs, longer)
+    check(args.increase_mi or args.mi_weight is None, "--mi-weight needs --increase-mi")
+    if args.mi_weight is None:
+        args.mi_weight = MI_WEIGHTS.get(args.increase_mi)
     args.image_size = args.image_size or data.size
-    check(args.image_size >= 8, f"images of {args.image_size} pixels: give an --image-size from 8")
     if args.stem == "auto":
         args.stem = "small" if args.image_size <= 64 else "imagenet"
     args.out = args.out or f"runs/{method}_{data.name}_{args.arch}"
-    ratio = args.batch_size / 256
-    longer = f"--warmup-epochs {args.warmup_epochs:g} exceeds --epochs {args.epochs}"
-    check(args.warmup_epochs <= args.epochs, longer)
-    args.scaled_lr = args.lr * {"linear": ratio, "sqrt": ratio**0.5, "none": 1}[args.lr_scaling]
-    check(args.increase_mi or args.mi_weight is None, "--mi-weight needs --increase-mi")
-    if args.increase_mi and args.mi_weight is None:
-        args.mi_weight = MI_WEIGHTS[args.increase_mi]
-    resolve_compile(args, len(data.pretrain) // args.batch_size * args.epochs)
+    scale = {"linear": batch / 256, "sqrt": (batch / 256) ** 0.5, "none": 1}[args.lr_scaling]
+    args.scaled_lr = args.lr * scale
+    resolve_compile(args, count // batch * args.epochs)
     torch.manual_seed(args.seed)  # the initial weights
     return data.to(args.device)
 
@@ -1524,12 +1489,9 @@ def load_once(args) -> Dataset:
     """load_dataset, on each machine by its first process before the others, which find what it has
     downloaded and packed."""
     first = launched("LOCAL_RANK") == 0
-    if not first:
-        agreed(0)  # waits for the first
-    data = load_dataset(args.dataset, args.data_dir)
-    if first:
-        agreed(0)
-    return data
+    data = load_dataset(args.dataset, args.data_dir) if first else None
+    agreed(0)  # the others wait here
+    return data or load_dataset(args.dataset, args.data_dir)
 
 
 def resolve_hardware(args):
@@ -1607,27 +1569,17 @@ def autocast(args):
 
 def describe(args) -> dict:
     """What a figure needs to be repeated: command, commit, versions, machine, settings."""
-    git = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"]
-    commit = ""
+    git, commit = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"], ""
     with contextlib.suppress(OSError):  # git is not installed
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    cuda = torch.device(args.device).type == "cuda"
-    threads = f"cpu, {torch.get_num_threads()} threads"
-    return {
-        "command": command(sys.argv),
-        "commit": commit or "unknown",
-        "torch": torch.__version__,
-        "device": torch.cuda.get_device_name(args.device) if cuda else threads,
-        "processes": world_size(),
-        "config": vars(args),
-    }
-
-
-def command(words):
-    """The command of these words, for this number of processes on this machine."""
-    several = launched("LOCAL_WORLD_SIZE", 1)
-    program = ["python"] if several == 1 else ["torchrun", f"--nproc-per-node={several}"]
-    return shlex.join([*program, *words])
+    device = f"cpu, {torch.get_num_threads()} threads"
+    if torch.device(args.device).type == "cuda":
+        device = torch.cuda.get_device_name(args.device)
+    here = launched("LOCAL_WORLD_SIZE", 1)  # processes on this machine
+    program = ["python"] if here == 1 else ["torchrun", f"--nproc-per-node={here}"]
+    about = {"command": shlex.join([*program, *sys.argv]), "commit": commit or "unknown"}
+    about |= {"torch": torch.__version__, "device": device, "processes": world_size()}
+    return about | {"config": vars(args)}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1653,16 +1605,12 @@ def run(main) -> None:
         if dist.is_initialized():
             dist.destroy_process_group()
         return result
-    except InputError as error:  # a DataLoader worker wraps it in a traceback, our line its last
-        message = str(error).strip().splitlines()[-1].removeprefix("common.InputError: ")
-    except (RuntimeError, MemoryError) as error:
-        message = known_failure(error)
-    except OSError as error:
-        message = f"{error.filename or 'file system'}: {error.strerror or error}"
     except KeyboardInterrupt:
         if rank() == 0:
             print("interrupted; --resume goes on from a run's last checkpoint.pt", file=sys.stderr)
         sys.exit(130)
+    except (InputError, OSError, RuntimeError, MemoryError) as error:
+        message = known_failure(error)
     if rank() and "another process" not in message:
         time.sleep(5)  # the first process says what is wrong with all, and torchrun ends this one
     print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
@@ -1670,14 +1618,18 @@ def run(main) -> None:
 
 
 def known_failure(error):
-    """The line for what torch raises when memory, a compiler or another process fails."""
-    reason = str(error).split("\n")[0]
+    """The line for an error of the user's, the machine's, or another process's; else raises it."""
+    lines = str(error).strip().splitlines() or [""]
+    if isinstance(error, InputError):  # a DataLoader worker's is a traceback, our line its last
+        return lines[-1].removeprefix("common.InputError: ")
+    if isinstance(error, OSError):
+        return f"{error.filename or 'file system'}: {error.strerror or error}"
     if "TorchDynamoException" in [kind.__name__ for kind in type(error).__mro__]:
-        return f"torch.compile failed ({reason}); --no-compile does without it"
+        return f"torch.compile failed ({lines[0]}); --no-compile does without it"
     if isinstance(error, dist.DistError) or "gloo" in str(error):
-        return f"another process ended, or was silent for --timeout seconds ({reason})"
+        return f"another process ended, or was silent for --timeout seconds ({lines[0]})"
     if "alloc" in str(error):
-        return f"out of memory ({reason}); a smaller --batch-size may fit"
+        return f"out of memory ({lines[0]}); a smaller --batch-size may fit"
     raise error
 
 
@@ -1744,39 +1696,36 @@ def load_file(path):
     """torch.load with weights_only=True, so that no file can run code; InputError if it fails. A
     Namespace is let in, as many keep their settings in one: it only holds values."""
     check(Path(path).is_file(), f"{path}: no such file")
-    try:
-        with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
-            warnings.simplefilter("ignore")  # whatever torch finds odd is refused or not used
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except (PermissionError, MemoryError):  # says nothing of what is in the file
-        raise
-    except Exception as error:  # a stranger's file can make torch.load raise anything
-        held = re.search(r"GLOBAL (\S+)", str(error))
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        reason = f"it holds {held[1]}, which is no plain value; nothing was run" if held else reason
-        message = f"{path}: not a file that torch.load(weights_only=True) accepts ({reason})"
-        raise InputError(re.sub(r"\x1b\[\d*m", "", message)) from None
+    odd = "not a file that torch.load(weights_only=True) accepts"
+    values = torch.serialization.safe_globals([argparse.Namespace])
+    with readable(path, odd), warnings.catch_warnings(), values:
+        warnings.simplefilter("ignore")  # whatever torch finds odd is refused or not used
+        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 @contextlib.contextmanager
-def readable(path, what):
-    """InputError for all that a damaged file, or one that is no `what`, lets a reader raise."""
+def readable(path, problem):
+    """InputError for all that a damaged or strange file lets a reader raise. problem: what is
+    wrong with the file then, as "not a readable image"."""
     try:
         yield
-    except InputError:
+    except (InputError, PermissionError, MemoryError):  # the last say nothing of what is in it
         raise
-    except Exception as error:  # zipfile, Pillow and numpy raise many kinds
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"{path}: not a readable {what} ({reason})") from None
+    except Exception as error:  # torch, zipfile, Pillow and numpy raise many kinds
+        code = re.search(r"GLOBAL (\S+)", str(error))  # which torch.load refuses to run
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        reason = f"it holds {code[1]}, which is no plain value; nothing was run" if code else reason
+        reason = re.sub(r"\x1b\[\d*m", "", reason)
+        raise InputError(f"{path}: {problem} ({reason})") from None
 
 
 def load_whole(path):
     """load_file of what torch.save wrote, with the checksums that torch.load does not look at."""
-    check(Path(path).is_file(), f"{path}: no such file")
-    with readable(path, "checkpoint"), zipfile.ZipFile(path) as archive:
+    value = load_file(path)
+    with readable(path, "not a readable checkpoint"), zipfile.ZipFile(path) as archive:
         damaged = archive.testzip()
     check(damaged is None, f"{path}: damaged ({damaged})")
-    return load_file(path)
+    return value
 
 
 def derived_seed(seed, purpose, number) -> int:
@@ -1799,9 +1748,7 @@ def generator(seed, purpose, number, device="cpu") -> torch.Generator:
 
 def launched(name, default=0):
     """A number that torchrun gives to the processes which it starts: RANK, WORLD_SIZE, ..."""
-    by_torchrun = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys()
-    several = by_torchrun and int(os.environ["WORLD_SIZE"]) > 1
-    return int(os.environ.get(name, default)) if several else default
+    return int(os.environ.get(name, default)) if dist.is_torchelastic_launched() else default
 
 
 def rank():
@@ -1819,13 +1766,13 @@ def join_processes(args):
     GPUs, one for each process, and by gloo about the rest."""
     if launched("WORLD_SIZE", 1) == 1 or dist.is_initialized():
         return
+    here, gpus = launched("LOCAL_WORLD_SIZE", 1), torch.cuda.device_count()
     gpu = args.device == "cuda"
-    wrong = f"--device {args.device}: several processes take cuda or cpu"
-    check(gpu or args.device == "cpu", wrong)
+    wrong = (
+        f"--device {args.device}: {here} processes take cpu, or cuda with as many GPUs, not {gpus}"
+    )
+    check(gpu and here <= gpus or args.device == "cpu", wrong)
     if gpu:
-        gpus, need = torch.cuda.device_count(), launched("LOCAL_WORLD_SIZE", 1)
-        few = f"{need} processes need as many GPUs, here are {gpus}: --nproc-per-node={gpus}"
-        check(need <= gpus, few)
         torch.cuda.set_device(launched("LOCAL_RANK"))
     timeout = datetime.timedelta(seconds=args.timeout)
     dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=timeout)
@@ -1833,8 +1780,8 @@ def join_processes(args):
 
 class Gather(torch.autograd.Function):
     """[B / N, ...] of each process -> [B, ...] of all. Every process has a loss of its own that
-    depends on this one's rows, so their gradient is the sum of what all processes say. (Much code
-    passes the gradient of the own loss alone, 1 / N of it, and dist.all_gather passes none.)"""
+    depends on this one's rows, so their gradient is the sum of what all processes say (dist's
+    all_gather passes none)."""
 
     @staticmethod
     def forward(ctx, x):
@@ -1892,16 +1839,16 @@ def agreed(number):
 
 def on_first(function):
     """What `function` returns, or raises, where the first process calls it, and it alone."""
-    box = [None, None]
+    box = [None]
     if rank() == 0:
         try:
-            box[0] = function()
+            box = [function()]
         except (InputError, OSError) as error:
-            box[1] = error
+            box = [error]
     if world_size() > 1:
         dist.broadcast_object_list(box)
-    if box[1] is not None:
-        raise box[1]
+    if isinstance(box[0], Exception):
+        raise box[0]
     return box[0]
 
 
