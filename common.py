@@ -605,11 +605,12 @@ class MutualInformation(nn.Module):
     rc   add the error of reconstructing each view from its h: mean over pixels, summed over views
     lbe  subtract lower_bound_estimate over all views together, with noise on h
     ip   add the squared distance of the two views' h: drops what the views do not share
-    mib  the same with noise on h, which the heads get, too; in train mode alone
+    mib  the same with noise on h, which the heads get, too
     Here: as InfoCL's code. One decoder and a mean over pixels (S002: a decoder for each view, and a
     sum, 3072 times this term on CIFAR); ip and mib are means over features, too; lbe is a weighted
     sum over three depths, rho 1/20, for images of at most 64 pixels, and of larger ones the last
-    depth alone, rho 1/80. The noise without a term (S002 4.0.2) is mib with the weight 0."""
+    depth alone, rho 1/80. The noise comes in train mode alone; without a term (S002 4.0.2) it is
+    mib with the weight 0."""
 
     def __init__(self, method, kind, weight, image_size):
         super().__init__()
@@ -671,17 +672,15 @@ class Decoder(nn.Module):
     def __init__(self, features, size):
         super().__init__()
         doublings = max(0, int(math.log2(size / 4)))
-        self.size, self.side = size, math.ceil(size / 2**doublings)
-        layers = [nn.Linear(features, 64 * self.side**2, bias=False)]
-        layers += [nn.BatchNorm1d(64 * self.side**2), nn.ReLU(inplace=True)]
-        layers += [nn.Unflatten(1, (64, self.side, self.side))]
-        width, how = 64, {"kernel_size": 3, "stride": 2, "padding": 1, "output_padding": 1}
-        for i in reversed(range(doublings)):
-            wider = min(256, 64 * 2**i)
-            layers += [nn.ConvTranspose2d(width, wider, bias=False, **how)]
-            layers += [nn.BatchNorm2d(wider), nn.ReLU(inplace=True)]
-            width = wider
-        self.layers = nn.Sequential(*layers, nn.Conv2d(width, 3, 3, padding=1))
+        self.size, side = size, math.ceil(size / 2**doublings)
+        layers = [nn.Linear(features, 64 * side**2, bias=False), nn.BatchNorm1d(64 * side**2)]
+        layers += [nn.ReLU(inplace=True), nn.Unflatten(1, (64, side, side))]
+        widths = [64, *(min(256, 64 * 2**i) for i in reversed(range(doublings)))]
+        how = {"kernel_size": 3, "stride": 2, "padding": 1, "output_padding": 1, "bias": False}
+        for width, wider in itertools.pairwise(widths):
+            layers += [nn.ConvTranspose2d(width, wider, **how), nn.BatchNorm2d(wider)]
+            layers += [nn.ReLU(inplace=True)]
+        self.layers = nn.Sequential(*layers, nn.Conv2d(widths[-1], 3, 3, padding=1))
 
     def forward(self, h):
         return self.layers(h)[..., : self.size, : self.size]
@@ -737,13 +736,14 @@ class Run:
         test = f"{len(data.test)} test images" if data.test is not None else "no test images"
         held = "in memory" if data.pretrain.in_memory else f"decoded by {args.workers} workers"
         steps = f"{args.epochs} epochs of {self.steps} steps of {args.batch_size} images"
-        rate = f"{args.optimizer}, learning rate up to {args.scaled_lr:.4g} after "
-        rate += f"{args.warmup_epochs:g} epochs of warm-up, weight decay {args.weight_decay:g}"
+        rate = (
+            f"{args.optimizer}, lr up to {args.scaled_lr:.4g} after {args.warmup_epochs:g} epochs"
+        )
         device = f"{describe(args)['device']}, {args.precision}" + ", compiled" * args.compile
         say("method", f"{self.method}: {args.arch}, {args.stem} stem, {weights:.1f} M parameters")
         say("data", f"{data.name}: {len(data.pretrain)} training images, {test}, {held}")
         say("steps", f"{steps}, {args.views} views of each, {args.image_size} pixels a side")
-        say("optimiser", rate)
+        say("optimiser", f"{rate} of warm-up, weight decay {args.weight_decay:g}")
         say("device", f"{device}, processes: {world_size()}")
         say("folder", str(self.folder))
 
@@ -780,8 +780,7 @@ class Run:
         if due or stopping:
             self.save()
         on_first(self.write_log)
-        figures = list(entry.items())[2:]
-        self.progress.show("  ".join(f"{name} {value:.4g}" for name, value in figures))
+        self.progress.show("  ".join(f"{k} {v:.4g}" for k, v in list(entry.items())[2:]))
         if stopping and epoch < args.epochs:  # a whole run ends as one
             self.leave(stopping)
         self.progress.begin(epoch + 1)
@@ -807,12 +806,11 @@ class Run:
         try:
             self.load(path)
         except InputError as error:
-            try:
+            with contextlib.suppress(InputError):
                 self.load(previous)
-            except InputError:
-                raise error from None
-            print(f"{error}; going on from {previous}", file=sys.stderr)
-            on_first(lambda: os.replace(previous, path))  # else a damaged one would become previous
+                print(f"{error}; going on from {previous}", file=sys.stderr)
+                return on_first(lambda: os.replace(previous, path))  # never keep a damaged one
+            raise
 
     def load(self, path):
         """What `save` wrote; InputError where it is of another run, or of none."""
@@ -1149,25 +1147,20 @@ def download(name, root) -> dict:
 
 
 def pack_imagenet64(folder) -> dict:
-    """ImageNet at 64 x 64 pixels from its own files, of which some may do for training. Labels are
-    read first, so that the images, 15.7 GB in all, have their place and are in memory once."""
+    """ImageNet at 64 x 64 pixels from its own files, of which some may do for training."""
     train = sorted(folder.glob("train_data_batch_*.npz"), key=lambda file: (len(file.name), file))
     check(train, f"{folder}: no train_data_batch_1.npz, train_data_batch_2.npz, ...")
     (number, side), odd = DATASETS["imagenet64"], "not a readable file of ImageNet64"
     packed = {"classes": [str(i + 1) for i in range(number)]}
     for split, files in {"train": train, "test": [folder / "val_data.npz"]}.items():
-        labels = []
+        images, labels = [], []
         for file in files:
-            with readable(file, odd), np.load(file, allow_pickle=False) as arrays:
-                labels.append(torch.from_numpy(arrays["labels"].astype(np.int64)) - 1)
-        counts = [len(own) for own in labels]
-        images = torch.empty(sum(counts), 3, side, side, dtype=torch.uint8)
-        for file, part in zip(files, images.split(counts), strict=True):
             with readable(file, odd), np.load(file, allow_pickle=False) as arrays:
                 pixels = arrays["data"]
                 check(pixels.dtype == np.uint8, f"{file}: data is {pixels.dtype}, not uint8")
-                part.copy_(torch.from_numpy(pixels).view(part.shape))
-        packed[split] = {"images": images, "labels": torch.cat(labels)}
+                images.append(torch.from_numpy(pixels).view(-1, 3, side, side))
+                labels.append(torch.from_numpy(arrays["labels"].astype(np.int64)) - 1)
+        packed[split] = {"images": torch.cat(images), "labels": torch.cat(labels)}
     return packed
 
 
@@ -1178,8 +1171,7 @@ def read_image(path) -> Image.Image:
 
 def load_folder(root: Path) -> Dataset:
     """ImageFolder layout: train/CLASS/** and test/ or val/, of the same classes. Images of one size
-    are held in memory where they fit; all others are decoded from disk by worker processes, anew in
-    every epoch."""
+    are held in memory where they fit; all others are decoded by workers, anew in every epoch."""
     check((root / "train").is_dir(), f"{root}: no folder train/; expected train/CLASS/*.jpg")
     classes, (test, val) = folders_in(root / "train"), (root / "test", root / "val")
     found = {"train": labelled_images(root / "train", classes)}
@@ -1212,7 +1204,8 @@ def labelled_images(folder, classes) -> Split:
     check(not more, f"{folder} has {len(more)} classes that train/ has not: {', '.join(more[:3])}")
     files = [(file, i) for i, name in enumerate(classes) for file in images_in(folder / name)]
     check(files, f"{folder}: no images in folders named as the classes")
-    return Split([file for file, _ in files], torch.tensor([label for _, label in files]))
+    images, labels = zip(*files, strict=True)
+    return Split(list(images), torch.tensor(labels))
 
 
 def annotated_images(folder, classes) -> Split:
@@ -1335,12 +1328,12 @@ def training_batches(split, epoch, args, recipes, skip=0):
     steps, size = len(split) // args.batch_size, args.batch_size // world_size()
     order = order[: steps * args.batch_size].view(steps, args.batch_size)[skip:]
     order = mine(order, 1).flatten()
-    if not split.in_memory:
+    if split.in_memory:
+        for index in order.to(split.images.device).split(size) if len(order) else ():
+            yield split.images[index], split.labels[index]
+    else:
         items = [(i, epoch * len(split) + i) for i in order.tolist()]
         yield from decode(split, items, size, args, recipes)
-        return
-    for index in order.to(split.images.device).split(size) if len(order) else ():
-        yield split.images[index], split.labels[index]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1420,10 +1413,9 @@ def base_parser(description):
     p.add_argument("--blur", type=fraction, default=0.0, help="probability of Gaussian blur")
     p.add_argument("--increase-mi", choices=tuple(MI_WEIGHTS), help="ip, mib decrease it (S002)")
     p.add_argument("--mi-weight", type=number(float, 0), help="default: 1 rc, lbe; 5e-4 ip, mib")
-    p.add_argument("--concat-views", action=argparse.BooleanOptionalAction,
-                   help="one forward pass for all views (default: by method, see its file)")
-    p.add_argument("--compile", action=argparse.BooleanOptionalAction,
-                   help="torch.compile (default: on a GPU, for runs of 2000 steps or more)")
+    yes_or_no = argparse.BooleanOptionalAction
+    p.add_argument("--concat-views", action=yes_or_no, help="pass all at once (default: by method)")
+    p.add_argument("--compile", action=yes_or_no, help="default: on a GPU, from 2000 steps on")
     p.add_argument("--out", help="folder of the run (default: runs/METHOD_DATASET_ARCH)")
     p.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
     p.add_argument("--save-every", type=whole, default=0, help="epochs between encoder_EPOCH.pt")
@@ -1435,8 +1427,7 @@ def base_parser(description):
 def parse_args(parser, presets, *variants, argv=None):
     """What the command line says, else the presets, else the parser's default. Of the presets count
     "default", then the dataset's, then those named by a variant, then "DATASET VARIANT"; a variant
-    is the value of a flag named in `variants`, or the flag's own name where it is a switch. Says
-    which presets there were and what the command line gave."""
+    is the value of a flag named in `variants`, or the flag's own name where it is a switch."""
     words = sys.argv[1:] if argv is None else argv
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for flag in ("dataset", *variants):
@@ -1463,12 +1454,12 @@ def prepare(args, method) -> Dataset:
     """The dataset, on the device; fills in the arguments that follow from it and the machine."""
     resolve_hardware(args)
     data = load_once(args)
-    batch, count = args.batch_size, len(data.pretrain)
-    check(batch <= count, f"--batch-size {batch} exceeds the {count} training images")
+    batch, n = args.batch_size, len(data.pretrain)
+    check(batch <= n, f"--batch-size {batch} exceeds the {n} training images")
     uneven = f"--batch-size {batch} is not a multiple of the {world_size()} processes"
     check(batch % world_size() == 0, uneven)
-    more = f"{data.name} has {count} training images here, and more on another machine"
-    check(agreed(count) == count, more)
+    more = f"{data.name} has {n} training images here, and more on another machine"
+    check(agreed(n) == n, more)
     longer = f"--warmup-epochs {args.warmup_epochs:g} exceeds --epochs {args.epochs}"
     check(args.warmup_epochs <= args.epochs, longer)
     check(args.increase_mi or args.mi_weight is None, "--mi-weight needs --increase-mi")
@@ -1480,7 +1471,7 @@ def prepare(args, method) -> Dataset:
     args.out = args.out or f"runs/{method}_{data.name}_{args.arch}"
     scale = {"linear": batch / 256, "sqrt": (batch / 256) ** 0.5, "none": 1}[args.lr_scaling]
     args.scaled_lr = args.lr * scale
-    resolve_compile(args, count // batch * args.epochs)
+    resolve_compile(args, n // batch * args.epochs)
     torch.manual_seed(args.seed)  # the initial weights
     return data.to(args.device)
 
@@ -1520,8 +1511,8 @@ def resolve_hardware(args):
 
 
 def keep_freed_memory() -> None:
-    """Tell glibc to keep freed memory. By default every large block goes back to the kernel, and a
-    step on a CPU waits for page faults to get again the memory that it had a moment before."""
+    """Tell glibc to keep freed memory, not to give large blocks back to the kernel: a step on a CPU
+    would wait for page faults to get again the memory that it had a moment before."""
     with contextlib.suppress(OSError, AttributeError):  # another C library: nothing to do
         mallopt = ctypes.CDLL("libc.so.6").mallopt
         mallopt(-4, 0)  # M_MMAP_MAX: no block gets a mapping of its own
@@ -1547,17 +1538,16 @@ def resolve_compile(args, steps):
     check(not args.compile or world_size() == 1, "--compile is for one process, not for several")
     if args.compile is None:
         compiler = shutil.which(os.environ.get("CC", "gcc")) or shutil.which("clang")
-        there = compiler and importlib.util.find_spec("triton")
         cuda = torch.device(args.device).type == "cuda" and world_size() == 1
-        args.compile = bool(cuda and there and steps >= 2000)
+        args.compile = bool(cuda and compiler and importlib.util.find_spec("triton"))
+        args.compile = args.compile and steps >= 2000
 
 
 def compiled(function, args):
-    """`function` as one graph for one set of shapes, or as it is with --no-compile. It draws the
-    random numbers that it would draw uncompiled."""
+    """`function` as one graph for one set of shapes, or as it is with --no-compile."""
     if not args.compile:
         return function
-    torch._inductor.config.fallback_random = True
+    torch._inductor.config.fallback_random = True  # it draws what it would draw uncompiled
     return torch.compile(function, fullgraph=True, dynamic=False)
 
 
@@ -1662,8 +1652,7 @@ class StopSignals:
 
 
 def leave_signals_to_the_parent(worker):
-    """A worker process gets no signal of the terminal; it ends with the process that made it.
-    SIGTERM in a worker is torch's."""
+    """A worker gets no signal of the terminal; it ends with its parent. SIGTERM is torch's."""
     os.setpgid(0, 0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
@@ -1671,7 +1660,7 @@ def leave_signals_to_the_parent(worker):
 @contextlib.contextmanager
 def atomic_write(path, previous=None):
     """A binary file that takes its name when it is whole: written beside, flushed, renamed. What
-    had the name before takes another one, if `previous` gives it."""
+    had the name before gets the name `previous`, where that is given."""
     temporary = Path(f"{path}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -1729,9 +1718,8 @@ def load_whole(path):
 
 
 def derived_seed(seed, purpose, number) -> int:
-    """A seed that depends on the user's seed, on what it is for, and on the step (epoch, image)
-    it belongs to. Because nothing else enters, a resumed run draws what an uninterrupted one would
-    with no state to save, and processes sharing a batch can each draw for all of it."""
+    """A seed from the user's seed, what it is for, and its step (epoch, image) alone: a resumed run
+    draws what an uninterrupted one would, and processes that share a batch each draw for all."""
     return int.from_bytes(hashlib.sha256(f"{seed} {purpose} {number}".encode()).digest()[:7], "big")
 
 
@@ -1823,10 +1811,7 @@ def mean_over_processes(x):
 
 def mean_terms(terms):
     """A dict of scalars, each the mean over the processes, on all of them."""
-    if world_size() == 1 or not terms:
-        return terms
-    means = mean_over_processes(torch.stack([v.detach().float() for v in terms.values()]))
-    return dict(zip(terms, means.unbind(), strict=True))
+    return {name: mean_over_processes(value.detach()) for name, value in terms.items()}
 
 
 def agreed(number):
@@ -1894,6 +1879,5 @@ def distributed(model):
     """The model, its gradients averaged over the processes in the backward pass."""
     if world_size() == 1:
         return model
-    model = nn.parallel.DistributedDataParallel(model)
-    model.broadcast_buffers = False  # every process computes the same
-    return model
+    # Buffers are not sent around: every process computes the same.
+    return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
