@@ -732,19 +732,16 @@ COPIES = set("momentum k ema key teacher target average lagging".split())
 
 
 def load_encoder(path, **overrides):
-    """The ResNet encoder in a checkpoint, ours or anybody's, in eval mode, and what is known of it.
+    """(encoder, info): the ResNet in a checkpoint, ours or anybody's, from [B, 3, S, S] to [B, F],
+    in eval mode, and what is known of it.
 
-    It is found by names and shapes, below any prefix, among heads and wrappers, in torchvision's
-    naming, with `shortcut` for `downsample`, or by the indices of an nn.Sequential. Every tensor of
-    it has to be there. overrides: arch, stem (have to agree with the weights), image_size, mean,
-    std; key, a part of the prefix where there are several; features="projector" for an
-    nn.Sequential of encoder and projector, from a checkpoint.pt of ours: F is then its width.
-
-    Returns (encoder, info): a ResNet from [B, 3, S, S] to [B, F], and a dict with arch, stem,
-    image_size, mean, std, method, dataset, epoch; "found", a line that says what was taken and what
-    was ignored; "assumed", which of image_size, mean and std neither file nor overrides say (then
-    224 pixels, or 32 with the small stem, and ImageNet's statistics). InputError, one line, for
-    anything else: a part of an encoder, several, none, a file that would run code."""
+    It is found by names and shapes, below any prefix, in torchvision's naming, with `shortcut` for
+    `downsample`, or by the indices of an nn.Sequential; every tensor has to be there. overrides:
+    arch, stem (have to agree with the weights), image_size, mean, std; key, a part of the prefix
+    where there are several; features="projector", for encoder and projector of a checkpoint.pt of
+    ours. info: these and method, dataset, epoch; "found", what was taken and ignored; "assumed",
+    which of image_size, mean, std nobody says (then 224, or 32 with the small stem; ImageNet's).
+    InputError, one line, for anything else: a part of an encoder, several, none, code."""
     saved = common.load_file(path)
     tensors = tensors_in(saved)
     chosen = choose(tensors, path, overrides.get("key"))
@@ -758,16 +755,20 @@ def load_encoder(path, **overrides):
     if not ours:
         info |= {"method": Path(path).name, "dataset": None}
     info["found"] = describe_choice(chosen, tensors)
-    if overrides.get("features") != "projector":
-        return chosen.encoder(tensors), info
-    layers = projector_beside(chosen, tensors, path) if ours else None
-    check(layers, f"{path}: no projector; --features projector takes a checkpoint.pt of ours")
-    info["found"] += f"; then the projector, {len(layers)} layers"
-    model = nn.Sequential(
-        collections.OrderedDict(encoder=chosen.encoder(tensors), projector=layers)
-    )
-    model.num_features = layers[-1].out_features
-    return model.eval(), info
+    encoder = chosen.encoder(tensors)
+    if overrides.get("features") == "projector":
+        parent = chosen.prefix.removesuffix("backbone.")
+        names = [f"{parent}{word}." for word in ("projector", "head")]
+        name = next((name for name in names if ours and f"{name}0.weight" in tensors), None)
+        check(name, f"{path}: no projector; --features projector takes a checkpoint.pt of ours")
+        parts = {k.removeprefix(name): v for k, v in tensors.items() if k.startswith(name)}
+        layers = projector_of(parts)
+        check(layers is not None, f"{path}: the projector under {name!r} is none of ours")
+        info["found"] += f"; then the projector, {len(layers)} layers"
+        both = collections.OrderedDict(encoder=encoder, projector=layers)
+        encoder = nn.Sequential(both).eval()
+        encoder.num_features = layers[-1].out_features
+    return encoder, info
 
 
 def tensors_in(saved):
@@ -904,40 +905,31 @@ def describe_choice(chosen, tensors):
     """What was taken of a file, and what was left."""
     rest = sorted(tensors.keys() - chosen.names.values())
     ignored = collections.Counter(".".join(name.split(".")[:2]) for name in rest).most_common()
-    left = ", ".join(f"{name} {count}" for name, count in ignored[:6]) or "nothing"
-    if more := sum(count for _, count in ignored[6:]):
-        left += f", and {more} more"
     text = f"{chosen.arch}, {chosen.stem} stem, under {chosen.prefix!r}: all of its "
-    text += f"{len(chosen.names)} tensors; ignored: {left}"
+    text += f"{len(chosen.names)} tensors; ignored: "
+    text += ", ".join(f"{name} {count}" for name, count in ignored) or "nothing"
     if chosen.first in (2, 3):
         text += f"; numbered: no max-pool{' and no ReLU' * (chosen.first == 2)} before layer 1"
     return text
 
 
-def projector_beside(chosen, tensors, path):
-    """The projector of our own checkpoint.pt, built again from its numbered tensors: a matrix is a
-    Linear, a vector batch norm, and a number without tensors a ReLU. None where there is none."""
-    parent = chosen.prefix.removesuffix("backbone.")
-    for name in f"{parent}projector.", f"{parent}head.":
-        parts = {k.removeprefix(name): v for k, v in tensors.items() if k.startswith(name)}
-        numbers = [int(k.split(".")[0]) for k in parts if re.match(r"\d{1,2}\.", k)]
-        if not numbers:
-            continue
-        layers = [nn.ReLU() for _ in range(max(numbers) + 1)]
-        for i in set(numbers):
-            weight = parts.get(f"{i}.weight", torch.zeros(()))
-            if weight.ndim == 2:
-                layers[i] = nn.Linear(*weight.T.shape, bias=f"{i}.bias" in parts)
-            elif weight.ndim == 1:
-                layers[i] = nn.BatchNorm1d(len(weight))
-        layers = nn.Sequential(*layers)
-        try:
-            layers.load_state_dict(parts)
-        except RuntimeError:  # what is left, or of other shapes
-            message = f"{path}: the projector under {name!r} is none of ours"
-            raise common.InputError(message) from None
-        return layers if isinstance(layers[-1], nn.Linear) else None
-    return None
+def projector_of(parts):
+    """A projector of ours, built again from its numbered tensors: a matrix is a Linear, a vector
+    batch norm, a number without tensors a ReLU. None where that does not fit them."""
+    numbers = [int(name.split(".")[0]) for name in parts if re.match(r"\d{1,2}\.", name)]
+    layers = [nn.ReLU() for _ in range(max(numbers) + 1)]
+    for i in set(numbers):
+        weight = parts.get(f"{i}.weight", torch.zeros(()))
+        if weight.ndim == 2:
+            layers[i] = nn.Linear(*weight.T.shape, bias=f"{i}.bias" in parts)
+        elif weight.ndim == 1:
+            layers[i] = nn.BatchNorm1d(len(weight))
+    layers = nn.Sequential(*layers)
+    try:
+        layers.load_state_dict(parts)
+    except RuntimeError:  # what is left, or of other shapes
+        return None
+    return layers if isinstance(layers[-1], nn.Linear) else None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -973,29 +965,25 @@ def parser():
     p.add_argument("--cached", action="store_true", help="compute features once, no augmentation")
     p.add_argument("--label-fraction", type=common.number(float, 1e-6, 1), default=1.0,
                    help="of the training images of each class, for every protocol")
-    p.add_argument("--seeds", type=common.number(int, 1, 10), default=1, help="repeat with --seed, "
-                   "--seed + 1, ...: the mean and its 95 %% confidence interval")
+    p.add_argument("--seeds", type=common.number(int, 1, 10), default=1,
+                   help="repeat with --seed, --seed + 1, ...: mean and 95 %% confidence interval")
     p.add_argument("--epochs", type=common.count, help="of the classifier")
     p.add_argument("--batch-size", type=common.count, help="of the classifier")
-    p.add_argument("--lr", type=common.positive, nargs="+",
-                   help="initial; of several the best on a tenth of the training images, held out")
-    p.add_argument("--lr-floor", type=common.fraction,
-                   help="the last learning rate, as a share of the first; for linear")
+    p.add_argument("--lr", type=common.positive, nargs="+", help="initial; of several the best")
+    p.add_argument("--lr-floor", type=common.fraction, help="last rate / first, for linear")
     p.add_argument("--encoder-lr", type=common.positive, default=0.005, help="for finetune, S003")
     p.add_argument("--momentum", type=common.fraction, default=0.9, help="of SGD")
     p.add_argument("--weight-decay", type=common.number(float, 0), help="of SGD")
     p.add_argument("--standardize", action=argparse.BooleanOptionalAction,
                    help="bring features to mean 0 and deviation 1 for the linear classifier")
-    p.add_argument("--crop-min", type=common.number(float, 1e-3, 1),
-                   help="smallest crop, share of the image's area")
+    p.add_argument("--crop-min", type=common.number(float, 1e-3, 1), help="share of the area")
     p.add_argument("--validation-fraction", type=common.fraction, default=0.0,
                    help="measure on this share of the training images, held out, instead of test")
     p.add_argument("--untrained", action=argparse.BooleanOptionalAction, default=True,
                    help="measure an untrained encoder as well, for comparison")
     p.add_argument("--pictures", action="store_true", help="write neighbors.png, map.png, "
                    "spectrum.png and confusion.png beside the checkpoint; needs matplotlib")
-    p.add_argument("--map", choices=("pca", "tsne"), default="pca", help="how map.png comes to two "
-                   "dimensions; tsne needs scikit-learn")
+    p.add_argument("--map", choices=("pca", "tsne"), default="pca", help="tsne: needs scikit-learn")
     p.add_argument("--compare", nargs="+", default=[], help="more checkpoints for spectrum.png")
     return p
 # fmt: on
@@ -1010,13 +998,14 @@ def arguments():
     check(fits, f"--recipe {args.recipe} is for linear; finetune without one is S003's, or s001")
     projector = args.features == "projector"
     check(not projector or args.protocol != "finetune", "--features projector is not for finetune")
-    for flag in "map", "compare":
-        given = getattr(args, flag) != parser().get_default(flag)
-        check(args.pictures or not given, f"--{flag} is for --pictures")
-    needed = {"matplotlib": "matplotlib"} if args.pictures else {}
-    needed |= {"sklearn": "scikit-learn"} if args.map == "tsne" else {}
-    for module, name in needed.items():  # hours later would be a bad time to find it missing
-        there = importlib.util.find_spec(module)
+    check(args.pictures or args.map == "pca", "--map is for --pictures")
+    check(args.pictures or not args.compare, "--compare is for --pictures")
+    # Hours later would be a bad time to find one missing.
+    for wanted, module, name in (
+        (args.pictures, "matplotlib", "matplotlib"),
+        (args.map == "tsne", "sklearn", "scikit-learn"),
+    ):
+        there = not wanted or importlib.util.find_spec(module)
         check(there, f"--pictures needs {name} for this: pip install {name}")
     for path in args.compare:
         load_encoder(path)
@@ -1026,9 +1015,7 @@ def arguments():
 
 def asked(args):
     """What the flags tell load_encoder."""
-    given = {"arch": args.arch, "stem": args.stem, "image_size": args.image_size}
-    given |= {"mean": args.mean, "std": args.std}
-    return given | {"key": args.key, "features": args.features}
+    return {name: getattr(args, name) for name in (*ABOUT, "key", "features")}
 
 
 def the_encoder(args):
