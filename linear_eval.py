@@ -402,6 +402,9 @@ FRAMES = {
     True: {"edgecolor": BLUE, "linestyle": "-", "linewidth": 3, "fill": False},
     False: {"edgecolor": ORANGE, "linestyle": (0, (2, 1)), "linewidth": 3, "fill": False},
 }
+ABOVE = {"loc": "lower left", "bbox_to_anchor": (0, 1), "frameon": False}  # a legend
+BLACK = {"edgecolor": INK, "linewidth": 2, "fill": False}
+ABOVE |= {"handlelength": 1.2, "handleheight": 1.2}
 
 
 def draw_pictures(info, data, test, measured, args):
@@ -416,13 +419,8 @@ def draw_pictures(info, data, test, measured, args):
     yield "neighbors", neighbors_picture(images, *known, classes, f"{frozen}: nearest neighbours")
 
     some = torch.arange(min(len(test), 1500)) * len(test) // min(len(test), 1500)
-    features, name = queries[some.to(queries.device)], f"{frozen}: test images by their features"
-    if args.map == "tsne":
-        points, axes = tsne(features, args.seed), ("t-SNE, first coordinate", "second coordinate")
-    else:
-        points, shares = principal_components(features)
-        kinds = zip(("first", "second"), shares.tolist(), strict=True)
-        axes = [f"{kind} principal component, {x:.0%} of the variance" for kind, x in kinds]
+    points, axes = coordinates(queries[some.to(queries.device)], args)
+    name = f"{frozen}: test images by their features"
     yield "map", map_picture(images_at(test, some, args), labels[some], points, classes, name, axes)
 
     curves = spectra(info, data, test, args)
@@ -467,6 +465,15 @@ def nearest_images(test_features, test_labels, train_features, rows=10, count=8)
     return chosen, cosine.topk(min(count, cosine.shape[1])).indices.cpu()
 
 
+def coordinates(features, args):
+    """Points [N, 2] of features [N, F] for the map, and the names of its axes."""
+    if args.map == "tsne":
+        return tsne(features, args.seed), ("t-SNE, first coordinate", "second coordinate")
+    points, shares = principal_components(features)
+    kinds = zip(("first", "second"), shares.tolist(), strict=True)
+    return points, [f"{kind} principal component, {x:.0%} of the variance" for kind, x in kinds]
+
+
 def principal_components(features):
     """The two coordinates float64 [N, 2] in which features [N, F] vary most, and their shares [2]
     of the whole variance. The largest weight of each is positive."""
@@ -489,44 +496,37 @@ def tsne(features, seed):
     return torch.from_numpy(points.fit_transform(features.cpu().numpy()))
 
 
-def map_cells(points, cells, reach=2):
-    """{(column, row from above) in a grid: index of a point} for points [N, 2], each in its cell or
-    the nearest free one, at most `reach` away, or left out. Both axes are scaled to fill the grid.
-    """
+def map_cells(points, cells):
+    """{(column, row from above) in a grid: index of one of the points [N, 2] there}. Both axes are
+    scaled to fill the grid."""
     low, high = points.amin(0), points.amax(0)
-    place = (points - low) / (high - low).clamp(min=1e-12) * (cells - 1 - 2 * reach) + reach
-    place, shown = place.round().long().tolist(), {}
-    ways = itertools.product(range(-reach, reach + 1), repeat=2)
-    ways = sorted(ways, key=lambda way: math.hypot(*way))
+    place = ((points - low) / (high - low).clamp(min=1e-12) * (cells - 1)).round().long()
+    shown = {}
     for i in torch.randperm(len(points), generator=torch.Generator().manual_seed(0)).tolist():
-        x, y = place[i][0], cells - 1 - place[i][1]
-        spots = ((x + dx, y + dy) for dx, dy in ways)
-        shown.setdefault(next((spot for spot in spots if spot not in shown), (x, y)), i)
+        shown.setdefault((int(place[i, 0]), cells - 1 - int(place[i, 1])), i)
     return shown
 
 
 def spectra(info, data, test, args):
     """{panel: {label: spectrum [F]}} of the test images' features by an untrained encoder, the
-    evaluated one, and each in --compare, which is told what it assumes as the evaluated one is.
+    evaluated one, as it was saved, and each in --compare, told the same where it assumes anything.
     Panels: representations, and projections where the same run's projector is beside."""
     panels = {"representations": {}, "projections": {}}
     for path in dict.fromkeys(["random", args.checkpoint, *args.compare]):
         if path == "random":
             encoder, its = random_encoder(args, data)
             label = f"untrained {args.arch}"
-        elif path == args.checkpoint:
-            encoder, its = load_encoder(path, **asked(args) | {"features": None})
-            its |= {name: info[name] for name in ("image_size", "mean", "std")}
-            label = named(info)
         else:
-            encoder, its = load_encoder(path)
+            mine = path == args.checkpoint
+            encoder, its = load_encoder(path, **asked(args) | {"features": None} if mine else {})
             its |= {name: info[name] for name in its["assumed"]}
-            label = f"{named(its)}, {path}"
+            label = named(its) if mine else f"{named(its)}, {path}"
         projector = projector_of_run(path, encoder)
         encoder = encoder.to(args.device, memory_format=torch.channels_last)
         how = argparse.Namespace(**vars(args) | {"image_size": its["image_size"]})
-        seen = dataclasses.replace(data, mean=its["mean"], std=its["std"])
-        h = common.encode(encoder, test, how, seen)
+        h = common.encode(
+            encoder, test, how, dataclasses.replace(data, mean=its["mean"], std=its["std"])
+        )
         panels["representations"][label] = spectrum(h)
         if projector is not None:
             with torch.no_grad():
@@ -595,24 +595,23 @@ def neighbors_picture(images, labels, train_images, train_labels, classes, title
     figure = new_figure(max(7, count + 1.5), max(4, 1.2 * rows + 1.6), title, caption)
     axes = figure.subplots()
     axes.axis("off")
+    tiles = torch.cat([images[:, None], train_images], 1).clamp(0, 1)
+    numbers = torch.cat([labels[:, None], train_labels], 1)
     for row, column in itertools.product(range(rows), range(count + 1)):
-        image, label, x, y = images[row], labels[row], 0.0, 1.2 * row
-        if column:
-            image, label, x = train_images[row, column - 1], train_labels[row, column - 1], column
-            frame = FRAMES[bool(same[row, column - 1])]
-            axes.add_patch(Rectangle((x + 0.26, y - 0.04), 0.88, 0.88, **frame))
-            x += 0.3
-        pixels = image.clamp(0, 1).permute(1, 2, 0).cpu().numpy()
+        x, y = column + 0.3 * (column > 0), 1.2 * row
+        pixels = tiles[row, column].permute(1, 2, 0).cpu().numpy()
         axes.imshow(pixels, extent=(x, x + 0.8, y + 0.8, y))
-        name = one_line(classes[label], 13)
+        name = one_line(classes[numbers[row, column]], 13)
         axes.text(x + 0.4, y + 0.88, name, fontsize=8, color=INK, ha="center", va="top")
+        if column:
+            frame = FRAMES[bool(same[row, column - 1])]
+            axes.add_patch(Rectangle((x - 0.04, y - 0.04), 0.88, 0.88, **frame))
     axes.text(0.4, -0.1, "test image", fontsize=10, ha="center")
     axes.text(1.3, -0.1, "its nearest training images, the nearest first", fontsize=10)
     axes.set(xlim=(-0.2, max(count + 1.3, 6)), ylim=(1.2 * rows, -0.4))
     handles = [Rectangle((0, 0), 1, 1, **FRAMES[kind]) for kind in (True, False)]
     names = "neighbour of the test image's class", "neighbour of another class"
-    where = {"loc": "lower left", "bbox_to_anchor": (0, 1), "ncols": 2, "frameon": False}
-    axes.legend(handles, names, handlelength=1.2, handleheight=1.2, **where)
+    axes.legend(handles, names, ncols=2, **ABOVE)
     return figure
 
 
@@ -633,19 +632,18 @@ def map_picture(images, labels, points, classes, title, coordinates):
         place = canvas[:, row * tile : row * tile + size, column * tile : column * tile + size]
         place[:] = color[:, None, None]
         place[:, edge:-edge, edge:-edge] = small[i]
-    caption = f"{len(shown)} of {len(points)} images are shown, each at its place or the nearest "
-    caption += "free one, at most two images away; no room for others. The axes are scaled to fit. "
     many = f"The {len(classes)} classes are too many to be told apart by colours."
-    caption += "Colours: the class." if colored else many
+    caption = (
+        f"{len(shown)} of {len(points)} images are shown, one at a place. The axes are scaled "
+    )
+    caption += "to fit. " + ("Colours: the class." if colored else many)
     figure = new_figure(12, 13.5 + 0.2 * (len(classes) // 5) * colored, title, caption, dpi=150)
     axes = figure.subplots()
     axes.imshow(canvas.permute(1, 2, 0).numpy())
     axes.set(xlabel=coordinates[0], ylabel=coordinates[1], xticks=[], yticks=[])
     if colored:
-        names = [one_line(name, 24) for name in classes]
-        handles = [Patch(color=COLORS[i]) for i in range(len(names))]
-        where = {"loc": "lower left", "bbox_to_anchor": (0, 1), "ncols": 5, "frameon": False}
-        axes.legend(handles, names, handlelength=1, **where)
+        handles = [Patch(color=color) for color in COLORS[: len(classes)]]
+        axes.legend(handles, [one_line(name, 24) for name in classes], ncols=5, **ABOVE)
     return figure
 
 
@@ -654,12 +652,11 @@ def spectrum_picture(curves, title):
     and dashes in all."""
     labels = list(dict.fromkeys(itertools.chain(*curves.values())))
     shares = torch.cat([x for lines in curves.values() for x in lines.values()])
-    exponents = shares[shares > 0].log10().tolist() or [0.0]
-    top = math.ceil(max(exponents))
-    bottom = min(max(math.floor(min(exponents)), top - 10), top - 1)
+    least = min(shares[shares > 0].tolist(), default=1)
+    bottom = 10.0 ** min(-1, max(-10, math.floor(math.log10(least))))
     caption = "Eigenvalues of the features' covariance, as shares of their sum. Effective "
     caption += "dimension: exp(entropy of the shares), F where all F are equal, 1 where one is all."
-    if shares.min() < 10.0**bottom:
+    if shares.min() < bottom:
         caption += " On the lower edge: what is less, or zero."
     figure = new_figure(7 * len(curves), 5.5 + 0.3 * len(labels), title, caption)
     panels = figure.subplots(1, len(curves), squeeze=False)[0]
@@ -668,11 +665,12 @@ def spectrum_picture(curves, title):
             text = f": effective dimension {effective_dimension(values):.1f} of {len(values)}"
             number = labels.index(label)
             how = {"color": COLORS[number % 9], "linestyle": DASHES[number % 4]}
-            ranks, values = range(1, len(values) + 1), values.clamp(min=10.0**bottom)
+            ranks, values = range(1, len(values) + 1), values.clamp(min=bottom)
             axes.plot(ranks, values, label=one_line(label, 50) + text, **how)
-        axes.set(yscale="log", ylim=(10.0**bottom, 10.0**top), title=panel)
-        axes.set(xlabel="rank of the eigenvalue, largest first")
-        axes.set(ylabel="share of the whole variance")
+        axes.set(yscale="log", ylim=(bottom, 1), title=panel)
+        axes.set(
+            xlabel="rank of the eigenvalue, largest first", ylabel="share of the whole variance"
+        )
         axes.grid(color=PALE)
         axes.legend(loc="upper left", bbox_to_anchor=(0, -0.13), frameon=False, handlelength=4)
     return figure
@@ -699,8 +697,8 @@ def confusion_picture(counts, classes, title):
         if value >= 0.005 or i == j:
             ink = "white" if value > 0.5 else INK
             axes.text(j, i, f"{100 * value:.0f}", color=ink, ha="center", va="center")
-    for i in range(n):
-        axes.add_patch(Rectangle((i - 0.5, i - 0.5), 1, 1, edgecolor=INK, linewidth=2, fill=False))
+        if i == j:
+            axes.add_patch(Rectangle((i - 0.5, i - 0.5), 1, 1, **BLACK))
     axes.set(xlabel="predicted class", ylabel="true class")
     axes.set_xticks(range(n), names, rotation=90)
     axes.set_yticks(range(n), names)
