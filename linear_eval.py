@@ -1,35 +1,32 @@
 # SPDX-License-Identifier: MIT
 """Evaluate a saved encoder: a classifier on its frozen features, nearest neighbours, fine-tuning.
 
-linear   The encoder stays frozen, in eval mode: its parameters and its batch-norm statistics are
-         compared bit for bit before and after. A linear layer is trained on its output with SGD,
-         momentum .9, no weight decay, batches of 256, 100 epochs, random resized crops and flips
-         (S003 5.2.5 and B.1.2), cosine from lr .02 to .0002. Unlike there, features are
-         standardised, for which held-out training images of CIFAR-10 preferred .02 to S003's .2.
-         With --cached features are computed once, without augmentation: minutes, not hours, on a
-         CPU. On shapes, 20 epochs and crops of at least .4 of the area.
+linear   The encoder stays frozen, in eval mode: its tensors are compared bit for bit before and
+         after. A linear layer is trained on its output with SGD, momentum .9, no weight decay,
+         batches of 256, 100 epochs, random resized crops and flips (S003 5.2.5 and B.1.2), cosine
+         from lr .02 to .0002. Unlike there, features are standardised, for which held-out training
+         images of CIFAR-10 preferred .02 to S003's .2. With --cached features are computed once,
+         without augmentation: minutes, not hours, on a CPU. On shapes, 20 epochs and crops of at
+         least .4 of the area.
 knn      Weighted nearest neighbours by cosine (Wu et al. 2018); the others report them as well.
 finetune Encoder and classifier are trained together, 20 epochs, the encoder with a rate of its own,
          --encoder-lr .005, in steps (S003 B.2.5, whose rates 20 and 30 of the classifier are for
          features that are not standardised; here .2).
 
 --label-fraction .01 or .1 lets all of them use the labels of that share of each class alone;
---seeds 3 repeats all (classifier, order, crops, which labels, not the encoder's training), for a
-confidence interval; of several --lr the best on a tenth of the training images, held out, is taken.
+--seeds 3 repeats all but the encoder's training, for a confidence interval; of several --lr the
+best on a tenth of the training images, held out, is taken.
 
---recipe s003  linear: lr .2 to .002, features not standardised (not for ImageNet-1K, where S003 has
-               lr 25 in steps)
-         s004  linear: lr .5, 100 epochs (S004 A.3), not standardised; weight decay 1e-4 and the
-               last rate, a thousandth, from A.1 and the released code. A.3 says nothing of crops:
-               as above. (With labels, A.1, they are AutoAugment's: not here.)
+--recipe s003  linear: lr .2 to .002, features not standardised (for ImageNet-1K S003 has others)
+         s004  linear: lr .5 (S004 A.3), not standardised; weight decay 1e-4 and the last rate, a
+               thousandth, from A.1 and the released code; crops as above, of which A.3 says nothing
          s001  50 epochs, for linear on another dataset and for finetune (S001 5.7.2 to 5.7.4; it
                gives no rates)
 
 Another --dataset than the encoder's is transfer: images are brought to the encoder's size and
-normalised with its statistics, as in its training (InfoCL takes the new dataset's).
-
-The accuracy is the last epoch's, on the test images, which nothing is chosen on. To choose
-anything, take --validation-fraction: it holds out training images and leaves the test images alone.
+normalised with its statistics, as in its training (InfoCL takes the new dataset's). The accuracy
+is the last epoch's, on the test images, which nothing is chosen on. To choose anything, take
+--validation-fraction, which measures on training images that it holds out.
 
 Run: python linear_eval.py --checkpoint runs/simclr_cifar10_resnet18/encoder.pt --dataset cifar10
      python linear_eval.py --checkpoint random --dataset cifar10     (an untrained encoder)
@@ -69,8 +66,7 @@ from common import check
 def measure(encoder, original, data, train, test, images, args):
     """{"knn" and the protocol: scores [N, C] of the test images}, and k and the rates taken.
 
-    The encoder is frozen, and compared with its original state; fine-tuning, which changes it,
-    comes last. train, test: Splits of features [N, F] for images; images: those of test."""
+    train, test: Splits of features [N, F] for images; images: those of test."""
     torch.manual_seed(args.seed)
     finite = train.images.isfinite().all() and test.images.isfinite().all()
     check(finite, f"{args.checkpoint}: its features are not finite")
@@ -87,8 +83,7 @@ def measure(encoder, original, data, train, test, images, args):
 
 
 def linear_protocol(encoder, data, train, test, args):
-    """Scores of a linear classifier on the frozen encoder, and its learning rate, with the
-    accuracies of those that --lr has it chosen from. train, test: features."""
+    """Scores of a linear classifier on the frozen encoder, and its learning rate."""
     several = len(args.lr) > 1
     rates = compared_rates(encoder, data, train, args) if several else {"lr": args.lr[0]}
     (classifier,) = linear_classifiers(encoder, data, train, [rates["lr"]], args)
@@ -169,9 +164,9 @@ def fit_linear(batches, num_features, num_classes, steps, rates, args):
 
 
 def finetune_protocol(encoder, data, train, test, args):
-    """Scores after encoder and classifier were trained together, with learning rates of their own,
-    both by steps: after each quarter of the epochs a fifth and a tenth of what they were (S003
-    B.2.5). The encoder is in train mode. train: features; test: the images."""
+    """Scores after encoder and classifier were trained together, in train mode, with rates of their
+    own: after each quarter of the epochs a fifth and a tenth of what they were (S003 B.2.5).
+    train: features; test: the images."""
     head, steps = new_head(encoder.num_features, len(data.classes), args), steps_of(data, args)
     model = Classifier(encoder.requires_grad_(True), head, *standardisation(train.images), args)
     model = common.synchronized(model, args).train()
@@ -244,20 +239,18 @@ def augmented(data, epoch, steps, args):
 
 
 def steps_of(data, args):
-    """Steps in an epoch. A set that is smaller than a batch is one batch; of a few labels there are
-    eight steps at least, or a rate meant for many would hardly move anything."""
+    """Steps in an epoch, for which --batch-size is made to fit the images and the processes. Of a
+    few labels there are eight steps, or a rate meant for many would hardly move anything."""
     processes, most = common.world_size(), len(data.train)
-    uneven = f"--batch-size {args.batch_size} is not a multiple of the {processes} processes"
-    check(args.batch_size % processes == 0, uneven)
     least = 2 * processes if args.protocol == "finetune" else processes  # for its batch norm
-    few = f"{most} training images in batches of {args.batch_size} are too few for --protocol "
-    few += args.protocol + f" in {processes} processes" * (processes > 1)
-    check(min(most, args.batch_size) >= least, few)
-    share = max(most // 8, least) if args.label_fraction < 1 else most
-    if args.batch_size > share:
-        print(f"{most} training images: batches of {share - share % processes}")
-    args.batch_size = min(args.batch_size, share - share % processes)
-    return most // args.batch_size
+    size = min(args.batch_size, max(most // 8, least) if args.label_fraction < 1 else most)
+    size -= size % processes
+    few = f"{most} training images in batches of {size} are too few for --protocol {args.protocol}"
+    check(least <= size <= most, f"{few}, which takes {least} at a time at least")
+    if size < args.batch_size:
+        print(f"{most} training images: batches of {size}")
+    args.batch_size = size
+    return most // size
 
 
 def drawn(split, fraction, num_classes, seed, purpose):
@@ -278,20 +271,9 @@ def drawn(split, fraction, num_classes, seed, purpose):
 T95 = 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262  # Student's t, 1 to 9 degrees
 
 
-@dataclasses.dataclass
-class Measured:
-    """accuracies: {"knn" and the protocol: [(top-1, top-5) of each seed]}. how: k and the rates of
-    each seed. scores, train, test: of the first seed, the last two features."""
-
-    accuracies: dict
-    how: list
-    scores: dict
-    train: common.Split
-    test: common.Split
-
-
 def every_seed(encoder, data, test, args):
-    """What each of the seeds measures on the images `test`."""
+    """What the seeds measure on the images `test`: accuracies, {"knn" and the protocol: [(top-1,
+    top-5) of each]}; how, [k and rates of each]; and the first one's scores and features."""
     original, found = copy.deepcopy(encoder.state_dict()), None
     queries, few = features_of(encoder, test, args, data), args.label_fraction < 1
     for seed in range(args.seed, args.seed + args.seeds):
@@ -301,7 +283,9 @@ def every_seed(encoder, data, test, args):
         part = dataclasses.replace(data, train=some)
         train = features_of(encoder, some, args, data) if few or not found else found.train
         scores, how = measure(encoder, original, part, train, queries, test, now)
-        found = found or Measured({name: [] for name in scores}, [], scores, train, queries)
+        if found is None:
+            found = argparse.Namespace(scores=scores, train=train, test=queries, how=[])
+            found.accuracies = {name: [] for name in scores}
         found.how.append(how)
         for name, value in scores.items():
             top1, top5 = common.top_accuracies(value, queries.labels)
@@ -338,8 +322,7 @@ def random_encoder(args, data):
 
 
 def untrained(data, test, args):
-    """The accuracies of an untrained encoder of the same kind by the same protocol, the linear
-    classifier on cached features."""
+    """The accuracies of an untrained encoder of the same kind, a linear classifier's --cached."""
     print(f"an untrained {args.arch}, for comparison")
     like = {"cached": args.protocol == "linear", "seeds": 1, "checkpoint": "untrained"}
     args = argparse.Namespace(**vars(args) | like)
@@ -358,8 +341,8 @@ def mean_and_interval(values):
 
 
 def table(measured, plain, data, args):
-    """(rows, result): rows of the printed table, (name, top-1, top-5, remark), and what they are
-    in the JSON object. plain: the accuracies of an untrained encoder."""
+    """(rows, result): rows of the printed table, (name, top-1, top-5, remark), and the JSON
+    object's part of the same. plain: the accuracies of an untrained encoder."""
     k, rows, result = measured.how[0]["knn_k"], [], {}
     before = ", before" * (args.protocol == "finetune")
     names = {"knn": f"kNN, k = {k}{before}", "finetune": "finetuned"}
@@ -374,11 +357,10 @@ def table(measured, plain, data, args):
             remark = f"top-1 ± {half:.2%} (95 %; {len(found)} evaluations of one encoder)"
         rows.append((names[what], top1, top5, remark))
     result |= measured.how[0] if args.seeds == 1 else {"knn_k": k, "each_seed": measured.how}
-    whose = "untrained encoder" if args.features == "projector" else "untrained"
     names["linear"] = "linear, cached"
     for what, ((top1, top5),) in plain.items():
         result["untrained_" + ("knn_" if what == "knn" else "") + "top1"] = top1
-        rows.append((f"{whose}: {names[what]}", top1, top5, ""))
+        rows.append((f"untrained: {names[what]}", top1, top5, ""))
     rows.append(("chance", 1 / len(data.classes), min(1, 5 / len(data.classes)), ""))
     return rows, result
 
@@ -419,8 +401,13 @@ def draw_pictures(info, data, test, measured, args):
     yield "neighbors", neighbors_picture(images, *known, classes, f"{frozen}: nearest neighbours")
 
     some = torch.arange(min(len(test), 1500)) * len(test) // min(len(test), 1500)
-    points, axes = coordinates(queries[some.to(queries.device)], args)
-    name = f"{frozen}: test images by their features"
+    features, name = queries[some.to(queries.device)], f"{frozen}: test images by their features"
+    if args.map == "tsne":
+        points, axes = tsne(features, args.seed), ("t-SNE, first coordinate", "second coordinate")
+    else:
+        points, shares = principal_components(features)
+        kinds = enumerate(shares.tolist(), 1)
+        axes = [f"principal component {n}, {x:.0%} of the variance" for n, x in kinds]
     yield "map", map_picture(images_at(test, some, args), labels[some], points, classes, name, axes)
 
     curves = spectra(info, data, test, args)
@@ -465,15 +452,6 @@ def nearest_images(test_features, test_labels, train_features, rows=10, count=8)
     return chosen, cosine.topk(min(count, cosine.shape[1])).indices.cpu()
 
 
-def coordinates(features, args):
-    """Points [N, 2] of features [N, F] for the map, and the names of its axes."""
-    if args.map == "tsne":
-        return tsne(features, args.seed), ("t-SNE, first coordinate", "second coordinate")
-    points, shares = principal_components(features)
-    kinds = zip(("first", "second"), shares.tolist(), strict=True)
-    return points, [f"{kind} principal component, {x:.0%} of the variance" for kind, x in kinds]
-
-
 def principal_components(features):
     """The two coordinates float64 [N, 2] in which features [N, F] vary most, and their shares [2]
     of the whole variance. The largest weight of each is positive."""
@@ -510,7 +488,7 @@ def map_cells(points, cells):
 def spectra(info, data, test, args):
     """{panel: {label: spectrum [F]}} of the test images' features by an untrained encoder, the
     evaluated one, as it was saved, and each in --compare, told the same where it assumes anything.
-    Panels: representations, and projections where the same run's projector is beside."""
+    Panels: representations, and projections where a file is a checkpoint.pt of ours."""
     panels = {"representations": {}, "projections": {}}
     for path in dict.fromkeys(["random", args.checkpoint, *args.compare]):
         if path == "random":
@@ -518,31 +496,19 @@ def spectra(info, data, test, args):
             label = f"untrained {args.arch}"
         else:
             mine = path == args.checkpoint
-            encoder, its = load_encoder(path, **asked(args) | {"features": None} if mine else {})
+            encoder, its = load_encoder(path, **vars(args) | {"features": None} if mine else {})
             its |= {name: info[name] for name in its["assumed"]}
             label = named(its) if mine else f"{named(its)}, {path}"
-        projector = projector_of_run(path, encoder)
         encoder = encoder.to(args.device, memory_format=torch.channels_last)
         how = argparse.Namespace(**vars(args) | {"image_size": its["image_size"]})
         h = common.encode(
             encoder, test, how, dataclasses.replace(data, mean=its["mean"], std=its["std"])
         )
         panels["representations"][label] = spectrum(h)
-        if projector is not None:
+        if projector := its.get("projector"):
             with torch.no_grad():
                 panels["projections"][label] = spectrum(projector.to(args.device)(h))
     return {panel: lines for panel, lines in panels.items() if lines}
-
-
-def projector_of_run(path, encoder):
-    """The projector that was trained with this encoder, from the checkpoint.pt beside, or None."""
-    try:
-        path = Path(path).with_name("checkpoint.pt") if Path(path).name in OURS else ""
-        both, _ = load_encoder(path, features="projector")
-    except common.InputError:
-        return None
-    same = zip(both.encoder.state_dict().values(), encoder.state_dict().values(), strict=True)
-    return both.projector if all(itertools.starmap(torch.equal, same)) else None
 
 
 def spectrum(features):
@@ -565,8 +531,8 @@ def most_confused(counts, limit=20):
     return (wrong.sum(0) + wrong.sum(1)).argsort(descending=True, stable=True)[:limit].sort().values
 
 
-def new_figure(width, height, title, caption, dpi=100):
-    """A figure of so many inches with a title above and a caption below what will be drawn."""
+def new_figure(width, height, title, caption, panels=1, dpi=100):
+    """A figure of so many inches with a title above and a caption below its panels; and these."""
     from matplotlib.figure import Figure
 
     figure = Figure((width, height), dpi=dpi, layout="constrained", facecolor="white")
@@ -574,7 +540,7 @@ def new_figure(width, height, title, caption, dpi=100):
     caption = textwrap.fill(one_line(caption), int(12 * width))
     figure.suptitle(title, x=0.01, ha="left", fontsize=14)
     figure.supxlabel(caption, x=0.01, ha="left", fontsize=10)
-    return figure
+    return figure, figure.subplots(1, panels, squeeze=False)[0]
 
 
 def one_line(text, most=400):
@@ -591,9 +557,8 @@ def neighbors_picture(images, labels, train_images, train_labels, classes, title
 
     (rows, count), same = train_labels.shape, train_labels == labels[:, None]
     caption = f"{int(same.sum())} of the {same.numel()} neighbours, {same.double().mean():.0%}, "
-    caption += "are of the test image's class. Nearest: by the cosine of the encoder's features."
-    figure = new_figure(max(7, count + 1.5), max(4, 1.2 * rows + 1.6), title, caption)
-    axes = figure.subplots()
+    caption += "are of the test image's class. Nearest: by the cosine of features."
+    figure, (axes,) = new_figure(max(7, count + 1.5), max(4, 1.2 * rows + 1.6), title, caption)
     axes.axis("off")
     tiles = torch.cat([images[:, None], train_images], 1).clamp(0, 1)
     numbers = torch.cat([labels[:, None], train_labels], 1)
@@ -637,8 +602,8 @@ def map_picture(images, labels, points, classes, title, coordinates):
         f"{len(shown)} of {len(points)} images are shown, one at a place. The axes are scaled "
     )
     caption += "to fit. " + ("Colours: the class." if colored else many)
-    figure = new_figure(12, 13.5 + 0.2 * (len(classes) // 5) * colored, title, caption, dpi=150)
-    axes = figure.subplots()
+    height = 13.5 + 0.2 * (len(classes) // 5) * colored
+    figure, (axes,) = new_figure(12, height, title, caption, dpi=150)
     axes.imshow(canvas.permute(1, 2, 0).numpy())
     axes.set(xlabel=coordinates[0], ylabel=coordinates[1], xticks=[], yticks=[])
     if colored:
@@ -654,12 +619,13 @@ def spectrum_picture(curves, title):
     shares = torch.cat([x for lines in curves.values() for x in lines.values()])
     least = min(shares[shares > 0].tolist(), default=1)
     bottom = 10.0 ** min(-1, max(-10, math.floor(math.log10(least))))
-    caption = "Eigenvalues of the features' covariance, as shares of their sum. Effective "
-    caption += "dimension: exp(entropy of the shares), F where all F are equal, 1 where one is all."
+    caption = (
+        "Eigenvalues of the features' covariance; effective dimension: exp(entropy of shares)."
+    )
     if shares.min() < bottom:
         caption += " On the lower edge: what is less, or zero."
-    figure = new_figure(7 * len(curves), 5.5 + 0.3 * len(labels), title, caption)
-    panels = figure.subplots(1, len(curves), squeeze=False)[0]
+    size = 7 * len(curves), 5.5 + 0.3 * len(labels)
+    figure, panels = new_figure(*size, title, caption, panels=len(curves))
     for axes, (panel, lines) in zip(panels, curves.items(), strict=True):
         for label, values in lines.items():
             text = f": effective dimension {effective_dimension(values):.1f} of {len(values)}"
@@ -689,8 +655,7 @@ def confusion_picture(counts, classes, title):
     caption += "(blank: under 0.5). Black frames: correct."
     few = f" Of {len(counts)} classes the {n} most confused, so rows need not add up to 100."
     side = max(7, 3 + 0.45 * n)
-    figure = new_figure(side, side + 0.6, title, caption + few * (n < len(counts)))
-    axes = figure.subplots()
+    figure, (axes,) = new_figure(side, side + 0.6, title, caption + few * (n < len(counts)))
     axes.imshow(share.numpy(), cmap="Blues", vmin=0, vmax=1)
     for i, j in itertools.product(range(n), range(n)):
         value = float(share[i, j])
@@ -720,8 +685,8 @@ def write_pictures(pictures, folder):
 
 OURS = ("encoder.pt", "checkpoint.pt")
 ABOUT = ("arch", "stem", "image_size", "mean", "std")  # what an encoder needs beside its weights
-# The first layer's place in an nn.Sequential tells what is before it: ReLU and max-pool have places
-# of their own, so at 3 there is no max-pool, and at 2 no ReLU either.
+# The place of layer1 in an nn.Sequential tells what is before it: ReLU and max-pool have places of
+# their own, so at 3 there is no max-pool, and at 2 no ReLU either. None: layers with names.
 PLACES = {
     n: {"0": "conv1", "1": "bn1"} | {str(n + i): f"layer{i + 1}" for i in range(4)}
     for n in (4, 3, 2)
@@ -738,7 +703,8 @@ def load_encoder(path, **overrides):
     arch, stem (have to agree with the weights), image_size, mean, std; key, a part of the prefix
     where there are several; features="projector", for encoder and projector of a checkpoint.pt of
     ours. info: these and method, dataset, epoch; "found", what was taken and ignored; "assumed",
-    which of image_size, mean, std nobody says (then 224, or 32 with the small stem; ImageNet's).
+    which of image_size, mean, std nobody says (then 224, or 32 with the small stem; ImageNet's);
+    "projector", of a checkpoint.pt of ours, [B, F] to [B, D], or None.
     InputError, one line, for anything else: a part of an encoder, several, none, code."""
     saved = common.load_file(path)
     tensors = tensors_in(saved)
@@ -752,16 +718,17 @@ def load_encoder(path, **overrides):
         info[name] = saved[name] if isinstance(saved.get(name), kind) else None
     if not ours:
         info |= {"method": Path(path).name, "dataset": None}
-    info["found"] = describe_choice(chosen, tensors)
-    encoder = chosen.encoder(tensors)
+    info["found"] = described(chosen, tensors)
+    encoder = common.resnet(chosen.arch, chosen.stem).eval()
+    weights = {name: tensors[old] for name, old in chosen.names.items()}
+    encoder.load_state_dict(encoder.state_dict() | weights)
+    if chosen.first in (2, 3):
+        encoder.maxpool = nn.Identity()
+    if chosen.first == 2:
+        encoder.relu = nn.Identity()
+    info["projector"] = layers = projector_of(chosen, tensors) if ours else None
     if overrides.get("features") == "projector":
-        parent = chosen.prefix.removesuffix("backbone.")
-        names = [f"{parent}{word}." for word in ("projector", "head")]
-        name = next((name for name in names if ours and f"{name}0.weight" in tensors), None)
-        check(name, f"{path}: no projector; --features projector takes a checkpoint.pt of ours")
-        parts = {k.removeprefix(name): v for k, v in tensors.items() if k.startswith(name)}
-        layers = projector_of(parts)
-        check(layers is not None, f"{path}: the projector under {name!r} is none of ours")
+        check(layers, f"{path}: no projector; --features projector takes a checkpoint.pt of ours")
         info["found"] += f"; then the projector, {len(layers)} layers"
         both = collections.OrderedDict(encoder=encoder, projector=layers)
         encoder = nn.Sequential(both).eval()
@@ -783,52 +750,57 @@ def tensors_in(saved):
     return dict(sorted(found.items()))
 
 
+def choose(tensors, path, key):
+    """The one whole encoder, by its name the original and not a moving average of it."""
+    found = candidates_in(tensors)
+    check(found, f"{path}: no whole encoder: no convolution of three channels, named conv1 or 0")
+    if key is not None:
+        known = ", ".join(repr(one.prefix) for one in found)
+        exact = [one for one in found if one.prefix.strip(".") == key.strip(".")]
+        found = exact or [one for one in found if key.strip(".") in one.prefix]
+        check(found, f"{path}: --key {key} is in none of {known}")
+    best = min(found, key=lambda one: len(one.wrong))
+    text = f"{path}: no whole encoder: as a {best.arch}, what is under {best.prefix!r} has "
+    text += f"{len(best.wrong)} tensors missing, misshapen or too many: {', '.join(best.wrong[:3])}"
+    check(not best.wrong, text)
+    whole = [one for one in found if not one.wrong]
+    words = {one.prefix: set(re.split(r"[._]", one.prefix.lower())) for one in whole}
+    whole = [one for one in whole if not words[one.prefix] & COPIES] or whole
+    whole = [one for one in whole if "student" in words[one.prefix]] or whole
+    first, *others = sorted(whole, key=lambda one: len(one.prefix))
+    others = [one for one in others if weights_differ(one, first, tensors)]
+    names = ", ".join(repr(one.prefix) for one in (first, *others))
+    check(not others, f"{path}: several encoders, {names}: choose with --key")
+    return first
+
+
+def weights_differ(one, other, tensors):
+    pairs = [(old, one.names.get(name)) for name, old in other.names.items()]
+    return not all(b and torch.equal(tensors[a], tensors[b]) for a, b in pairs)
+
+
+# The tensors below a prefix as the ResNet that they fit best. first: the place of layer1, where
+# layers are numbered. names: torchvision's name -> the name in the file. wrong: the names of what
+# is missing, of another shape, or where no ResNet has anything.
+Candidate = collections.namedtuple("Candidate", "prefix first arch stem names wrong")
+
+
 def candidates_in(tensors):
     """A Candidate for each place that has a first convolution, of three channels."""
+    found = []
     for first, value in tensors.items():
-        if value.ndim != 4 or value.shape[1] != 3:
+        start = re.fullmatch(r"(|.*\.)(conv1|0)\.weight", first, re.DOTALL)
+        if not start or value.ndim != 4 or value.shape[1] != 3:
             continue
-        for ending, places in ("conv1.weight", {None: {}}), ("0.weight", PLACES):
-            prefix = first.removesuffix(ending)
-            if prefix == first or prefix and not prefix.endswith("."):
-                continue
-            for place, heads in places.items():
-                names = {}
-                for name in tensors:
-                    if name.startswith(prefix) and "total_" not in name:  # thop counts operations
-                        rest = name.removeprefix(prefix).replace("shortcut.", "downsample.")
-                        head, dot, rest = rest.partition(".")
-                        names[heads.get(head, head) + dot + rest] = name
-                yield fitted(prefix, place, names, tensors)
-
-
-@dataclasses.dataclass
-class Candidate:
-    """The tensors below a prefix as the ResNet that they fit best.
-
-    first: the place of the first layer, where layers are numbered. names: torchvision's name -> the
-    name in the file. wrong: what is missing, of another shape, or where no ResNet has anything."""
-
-    prefix: str
-    first: int | None
-    arch: str
-    stem: str
-    names: dict
-    wrong: list
-
-    def weights_differ(self, other, tensors):
-        pairs = [(old, other.names.get(name)) for name, old in self.names.items()]
-        return not all(b and torch.equal(tensors[a], tensors[b]) for a, b in pairs)
-
-    def encoder(self, tensors):
-        encoder = common.resnet(self.arch, self.stem)
-        weights = {name: tensors[old] for name, old in self.names.items()}
-        encoder.load_state_dict({**encoder.state_dict(), **weights})
-        if self.first in (2, 3):
-            encoder.maxpool = nn.Identity()
-        if self.first == 2:
-            encoder.relu = nn.Identity()
-        return encoder.eval()
+        for place in [None] if start[2] == "conv1" else PLACES:
+            names = {}
+            for name in tensors:
+                if name.startswith(start[1]) and "total_" not in name:  # thop counts operations
+                    rest = name.removeprefix(start[1]).replace("shortcut.", "downsample.")
+                    head, dot, rest = rest.partition(".")
+                    names[PLACES.get(place, {}).get(head, head) + dot + rest] = name
+            found.append(fitted(start[1], place, names, tensors))
+    return found
 
 
 def fitted(prefix, first, names, tensors):
@@ -853,30 +825,6 @@ def shapes_of(arch, stem):
         return {name: x.shape for name, x in common.resnet(arch, stem).state_dict().items()}
 
 
-def choose(tensors, path, key):
-    """The one whole encoder, by its name the original and not a moving average of it."""
-    found = list(candidates_in(tensors))
-    check(found, f"{path}: no whole encoder: no convolution of three channels, named conv1 or 0")
-    if key is not None:
-        known = ", ".join(repr(one.prefix) for one in found)
-        exact = [one for one in found if one.prefix.strip(".") == key.strip(".")]
-        found = exact or [one for one in found if key.strip(".") in one.prefix]
-        check(found, f"{path}: --key {key} is in none of {known}")
-    best = min(found, key=lambda one: len(one.wrong))
-    text = f"{path}: no whole encoder: as a {best.arch}, what is under {best.prefix!r} has "
-    text += f"{len(best.wrong)} tensors missing, misshapen or too many: {', '.join(best.wrong[:3])}"
-    check(not best.wrong, text)
-    whole = [one for one in found if not one.wrong]
-    words = {one.prefix: set(re.split(r"[._]", one.prefix.lower())) for one in whole}
-    whole = [one for one in whole if not words[one.prefix] & COPIES] or whole
-    whole = [one for one in whole if "student" in words[one.prefix]] or whole
-    first, *others = sorted(whole, key=lambda one: len(one.prefix))
-    others = [one for one in others if one.weights_differ(first, tensors)]
-    names = ", ".join(repr(one.prefix) for one in (first, *others))
-    check(not others, f"{path}: several encoders, {names}: choose with --key")
-    return first
-
-
 def completed(said, chosen, path):
     """What file and flags say of an encoder, checked, and where they say nothing, assumed."""
     info = {"arch": chosen.arch, "stem": chosen.stem} | said
@@ -899,7 +847,7 @@ def completed(said, chosen, path):
     return info
 
 
-def describe_choice(chosen, tensors):
+def described(chosen, tensors):
     """What was taken of a file, and what was left."""
     rest = sorted(tensors.keys() - chosen.names.values())
     ignored = collections.Counter(".".join(name.split(".")[:2]) for name in rest).most_common()
@@ -911,23 +859,28 @@ def describe_choice(chosen, tensors):
     return text
 
 
-def projector_of(parts):
-    """A projector of ours, built again from its numbered tensors: a matrix is a Linear, a vector
-    batch norm, a number without tensors a ReLU. None where that does not fit them."""
+def projector_of(chosen, tensors):
+    """The projector of our own model, built again from its numbered tensors: a matrix is a Linear,
+    a vector batch norm, a number without tensors a ReLU. None where there is none like that."""
+    parent = chosen.prefix.removesuffix("backbone.")
+    starts = [f"{parent}{word}." for word in ("projector", "head")]
+    start = next((start for start in starts if f"{start}0.weight" in tensors), None)
+    if start is None:
+        return None
+    parts = {k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)}
     numbers = [int(name.split(".")[0]) for name in parts if re.match(r"\d{1,2}\.", name)]
-    layers = [nn.ReLU() for _ in range(max(numbers) + 1)]
+    layers = nn.Sequential(*(nn.ReLU() for _ in range(max(numbers) + 1)))
     for i in set(numbers):
         weight = parts.get(f"{i}.weight", torch.zeros(()))
         if weight.ndim == 2:
             layers[i] = nn.Linear(*weight.T.shape, bias=f"{i}.bias" in parts)
         elif weight.ndim == 1:
             layers[i] = nn.BatchNorm1d(len(weight))
-    layers = nn.Sequential(*layers)
     try:
         layers.load_state_dict(parts)
     except RuntimeError:  # what is left, or of other shapes
         return None
-    return layers if isinstance(layers[-1], nn.Linear) else None
+    return layers.eval() if isinstance(layers[-1], nn.Linear) else None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -955,8 +908,7 @@ def parser():
                    "those of the dataset with the small stem, of ImageNet with the other")
     p.add_argument("--features", choices=("encoder", "projector"), default="encoder",
                    help="what is evaluated; the projector is in our own checkpoint.pt")
-    p.add_argument("--protocol", choices=("linear", "knn", "finetune"), default="linear",
-                   help="see the file's head")
+    p.add_argument("--protocol", choices=("linear", "knn", "finetune"), default="linear")
     p.add_argument("--recipe", choices=("s001", "s003", "s004"), help="settings of a thesis")
     common.shared_arguments(p)
     p.set_defaults(arch=None)  # the checkpoint knows
@@ -972,15 +924,13 @@ def parser():
     p.add_argument("--encoder-lr", type=common.positive, default=0.005, help="for finetune, S003")
     p.add_argument("--momentum", type=common.fraction, default=0.9, help="of SGD")
     p.add_argument("--weight-decay", type=common.number(float, 0), help="of SGD")
-    p.add_argument("--standardize", action=argparse.BooleanOptionalAction,
-                   help="bring features to mean 0 and deviation 1 for the linear classifier")
+    p.add_argument("--standardize", action=argparse.BooleanOptionalAction, help="for linear")
     p.add_argument("--crop-min", type=common.number(float, 1e-3, 1), help="share of the area")
     p.add_argument("--validation-fraction", type=common.fraction, default=0.0,
                    help="measure on this share of the training images, held out, instead of test")
     p.add_argument("--untrained", action=argparse.BooleanOptionalAction, default=True,
                    help="measure an untrained encoder as well, for comparison")
-    p.add_argument("--pictures", action="store_true", help="write neighbors.png, map.png, "
-                   "spectrum.png and confusion.png beside the checkpoint; needs matplotlib")
+    p.add_argument("--pictures", action="store_true", help="draw four; needs matplotlib")
     p.add_argument("--map", choices=("pca", "tsne"), default="pca", help="tsne: needs scikit-learn")
     p.add_argument("--compare", nargs="+", default=[], help="more checkpoints for spectrum.png")
     return p
@@ -1011,17 +961,12 @@ def arguments():
     return args
 
 
-def asked(args):
-    """What the flags tell load_encoder."""
-    return {name: getattr(args, name) for name in (*ABOUT, "key", "features")}
-
-
 def the_encoder(args):
     """(encoder, info, data): what --checkpoint and --dataset name, and how images are shown to it.
     Fills in args.arch, stem and image_size."""
     untrained = args.checkpoint == "random"
     if not untrained:  # before the data: the cheaper thing to be wrong about
-        encoder, info = load_encoder(args.checkpoint, **asked(args))
+        encoder, info = load_encoder(args.checkpoint, **vars(args))
         print(f"{args.checkpoint}: {info['found']}")
     data = common.load_once(args)
     if untrained:
