@@ -29,9 +29,9 @@ is the last epoch's, on the test images, which nothing is chosen on. To choose a
 --validation-fraction, which measures on training images that it holds out.
 
 Run: python linear_eval.py --checkpoint runs/simclr_cifar10_resnet18/encoder.pt --dataset cifar10
-     python linear_eval.py --checkpoint random --dataset cifar10     (an untrained encoder)
 
---checkpoint takes what the training scripts save and any other file with a whole ResNet in it.
+--checkpoint takes what the training scripts save, any other file with a whole ResNet in it, or the
+word random, for an untrained one.
 How an encoder is measured is all in the first chapter; then: what a table says, pictures, whose
 encoder a file holds, command line.
 """
@@ -110,10 +110,8 @@ def compared_rates(encoder, data, train, args):
 
 
 def linear_classifiers(encoder, data, train, rates, args):
-    """For each rate a function from features of the frozen encoder to scores. train: features.
-
-    Features are standardised with the mean and deviation of the training images' features: the
-    classifier is linear all the same, and one learning rate fits encoders of any scale."""
+    """For each rate a function from features of the frozen encoder to scores. train: features, with
+    whose mean and deviation all are standardised, so that a rate fits encoders of any scale."""
     (mean, std), steps = standardisation(train.images), steps_of(data, args)
     if not args.standardize:
         mean, std = torch.zeros_like(mean), torch.ones_like(std)
@@ -156,8 +154,7 @@ def fit_linear(batches, num_features, num_classes, steps, rates, args):
             total = total + losses.detach()
             bar.update(i, total.min())
         total = float(total.nan_to_num(math.inf).min())  # of the rates that get on
-        finite = math.isfinite(total)
-        check(finite, f"the classifier's loss is not finite in epoch {epoch}: try a lower --lr")
+        check(math.isfinite(total), f"loss not finite in epoch {epoch}: try a lower --lr")
         if epoch % max(1, args.epochs // 5) == 0:
             bar.show(f"loss {total / steps:.4f}")
     return heads
@@ -188,8 +185,7 @@ def finetune_protocol(encoder, data, train, test, args):
             total = total + loss.detach()
             bar.update(i, total)
         total = float(common.mean_over_processes(total))
-        finite = math.isfinite(total)
-        check(finite, f"the loss is not finite in epoch {epoch}: try a lower --lr or --encoder-lr")
+        check(math.isfinite(total), f"loss not finite in epoch {epoch}: try lower rates")
         bar.show(f"loss {total / steps:.4f}")
         if epoch * 4 // args.epochs > (epoch - 1) * 4 // args.epochs:
             for group in optimizer.param_groups:
@@ -341,12 +337,12 @@ def mean_and_interval(values):
 
 
 def table(measured, plain, data, args):
-    """(rows, result): rows of the printed table, (name, top-1, top-5, remark), and the JSON
-    object's part of the same. plain: the accuracies of an untrained encoder."""
+    """Prints rows of (name, top-1, top-5, remark); returns what they are in the JSON object. plain:
+    the accuracies of an untrained encoder."""
     k, rows, result = measured.how[0]["knn_k"], [], {}
     before = ", before" * (args.protocol == "finetune")
     names = {"knn": f"kNN, k = {k}{before}", "finetune": "finetuned"}
-    names["linear"] = "linear, cached" if args.cached else "linear"
+    names["linear"] = "linear" + ", cached" * args.cached
     for what, found in measured.accuracies.items():
         pre = "knn_" if what == "knn" else ""
         (top1, half), (top5, _) = (mean_and_interval(column) for column in zip(*found, strict=True))
@@ -362,15 +358,12 @@ def table(measured, plain, data, args):
         result["untrained_" + ("knn_" if what == "knn" else "") + "top1"] = top1
         rows.append((f"untrained: {names[what]}", top1, top5, ""))
     rows.append(("chance", 1 / len(data.classes), min(1, 5 / len(data.classes)), ""))
-    return rows, result
-
-
-def print_table(rows):
     width = max(18, *(len(row[0]) for row in rows)) + 1
     print(f"{'':{width}}{'top-1':>8}{'top-5':>8}")
     for name, *accuracies, remark in rows:
         cells = [f"{'-':>8}" if x is None else f"{x:8.2%}" for x in accuracies]
         print(f"{name:{width}}{''.join(cells)}  {remark}".rstrip())
+    return result
 
 
 # --------------------------------------------------------------------------------------------------
@@ -380,13 +373,8 @@ INK, PALE, BLUE, ORANGE = "#222222", "#d8d8d8", "#005ab5", "#dc5f00"
 COLORS = """#4363d8 #e6194b #3cb44b #f58231 #911eb4 #42d4f4 #f032e6 #9a6324 #000000 #bfef45
     #469990 #fabed4 #808000 #800000 #ffe119 #000075 #a9a9a9 #dcbeff #aaffc3 #ffd8b1""".split()
 DASHES = "-", "--", ":", "-."
-FRAMES = {
-    True: {"edgecolor": BLUE, "linestyle": "-", "linewidth": 3, "fill": False},
-    False: {"edgecolor": ORANGE, "linestyle": (0, (2, 1)), "linewidth": 3, "fill": False},
-}
-ABOVE = {"loc": "lower left", "bbox_to_anchor": (0, 1), "frameon": False}  # a legend
-BLACK = {"edgecolor": INK, "linewidth": 2, "fill": False}
-ABOVE |= {"handlelength": 1.2, "handleheight": 1.2}
+FRAMES = {True: {"ec": BLUE, "ls": "-"}, False: {"ec": ORANGE, "ls": (0, (2, 1))}}
+ABOVE = {"loc": "lower left", "bbox_to_anchor": (0, 1), "frameon": False, "handlelength": 1.2}
 
 
 def draw_pictures(info, data, test, measured, args):
@@ -420,15 +408,14 @@ def draw_pictures(info, data, test, measured, args):
 
 
 def named(info, args=None):
-    """What the figures are of, for headings; the encoder alone without args."""
+    """The encoder, for headings; or with args what is evaluated of it."""
     epoch = "" if info["epoch"] is None else f", epoch {info['epoch']}"
     projector = args is not None and args.features == "projector"
     return f"{info['method']}{epoch}{', projector' * projector}"
 
 
 def images_at(split, index, args):
-    """Images of a split as the encoder sees them, but in [0, 1]: float [n, 3, S, S] for index [n].
-    No others are decoded."""
+    """Images of a split as the encoder sees them, but in [0, 1]: float [n, 3, S, S] for [n]."""
     split = split.take(index)
     images = split.images
     if not split.in_memory:
@@ -438,15 +425,10 @@ def images_at(split, index, args):
 
 
 def nearest_images(test_features, test_labels, train_features, rows=10, count=8):
-    """Test images, int64 [rows], and for each the training images nearest by cosine, the nearest
-    first, [rows, count]; fewer where there are fewer. The test images: the first of each class, of
-    classes spread over all; where these are fewer than rows, also the second of each, and so on."""
-    order = test_labels.cpu().argsort(stable=True)
-    labels = test_labels.cpu()[order]
-    turn = torch.arange(len(order)) - torch.searchsorted(labels, labels)  # 0: first of its class
-    turns = turn.argsort(stable=True)[: max(rows, len(labels.unique()))]
-    rows = min(rows, len(turns))
-    chosen = order[turns[torch.arange(rows) * len(turns) // rows].sort().values]
+    """Test images, int64 [rows], evenly spaced among all as sorted by class, and for each the
+    training images nearest by cosine, the nearest first, [rows, count]."""
+    order, rows = test_labels.cpu().argsort(stable=True), min(rows, len(test_labels))
+    chosen = order[torch.arange(rows) * len(order) // rows]
     queries = F.normalize(test_features[chosen.to(test_features.device)])
     cosine = queries @ F.normalize(train_features).T
     return chosen, cosine.topk(min(count, cosine.shape[1])).indices.cpu()
@@ -464,8 +446,7 @@ def principal_components(features):
 
 
 def tsne(features, seed):
-    """t-SNE's coordinates float32 [N, 2] of features [N, F]; perplexity, exaggeration and random
-    start as in S003 5.6 (its three dimensions are two here, its rate of 208 scikit-learn's own)."""
+    """t-SNE's float32 [N, 2] of features [N, F]: S003 5.6's settings (but in two dimensions)."""
     from sklearn.manifold import TSNE
 
     check(len(features) > 3, f"--map tsne: {len(features)} images are too few")
@@ -475,8 +456,7 @@ def tsne(features, seed):
 
 
 def map_cells(points, cells):
-    """{(column, row from above) in a grid: index of one of the points [N, 2] there}. Both axes are
-    scaled to fill the grid."""
+    """{(column, row from above) in a grid, which they fill: index of one of the points [N, 2]}."""
     low, high = points.amin(0), points.amax(0)
     place = ((points - low) / (high - low).clamp(min=1e-12) * (cells - 1)).round().long()
     shown = {}
@@ -570,11 +550,11 @@ def neighbors_picture(images, labels, train_images, train_labels, classes, title
         axes.text(x + 0.4, y + 0.88, name, fontsize=8, color=INK, ha="center", va="top")
         if column:
             frame = FRAMES[bool(same[row, column - 1])]
-            axes.add_patch(Rectangle((x - 0.04, y - 0.04), 0.88, 0.88, **frame))
+            axes.add_patch(Rectangle((x - 0.04, y - 0.04), 0.88, 0.88, lw=3, fill=False, **frame))
     axes.text(0.4, -0.1, "test image", fontsize=10, ha="center")
     axes.text(1.3, -0.1, "its nearest training images, the nearest first", fontsize=10)
     axes.set(xlim=(-0.2, max(count + 1.3, 6)), ylim=(1.2 * rows, -0.4))
-    handles = [Rectangle((0, 0), 1, 1, **FRAMES[kind]) for kind in (True, False)]
+    handles = [Rectangle((0, 0), 1, 1, lw=3, fill=False, **frame) for frame in FRAMES.values()]
     names = "neighbour of the test image's class", "neighbour of another class"
     axes.legend(handles, names, ncols=2, **ABOVE)
     return figure
@@ -598,10 +578,8 @@ def map_picture(images, labels, points, classes, title, coordinates):
         place[:] = color[:, None, None]
         place[:, edge:-edge, edge:-edge] = small[i]
     many = f"The {len(classes)} classes are too many to be told apart by colours."
-    caption = (
-        f"{len(shown)} of {len(points)} images are shown, one at a place. The axes are scaled "
-    )
-    caption += "to fit. " + ("Colours: the class." if colored else many)
+    caption = f"{len(shown)} of {len(points)} images are shown, one at each place, scaled to fit. "
+    caption += "Colours: the class." if colored else many
     height = 13.5 + 0.2 * (len(classes) // 5) * colored
     figure, (axes,) = new_figure(12, height, title, caption, dpi=150)
     axes.imshow(canvas.permute(1, 2, 0).numpy())
@@ -613,15 +591,12 @@ def map_picture(images, labels, points, classes, title, coordinates):
 
 
 def spectrum_picture(curves, title):
-    """{panel: {label: spectrum [F]}} side by side on one axis; the same label has the same colour
-    and dashes in all."""
+    """{panel: {label: spectrum [F]}} side by side, of the same look for the same label."""
     labels = list(dict.fromkeys(itertools.chain(*curves.values())))
     shares = torch.cat([x for lines in curves.values() for x in lines.values()])
     least = min(shares[shares > 0].tolist(), default=1)
     bottom = 10.0 ** min(-1, max(-10, math.floor(math.log10(least))))
-    caption = (
-        "Eigenvalues of the features' covariance; effective dimension: exp(entropy of shares)."
-    )
+    caption = "Shares of eigenvalues of the covariance. Effective dimension: exp of their entropy."
     if shares.min() < bottom:
         caption += " On the lower edge: what is less, or zero."
     size = 7 * len(curves), 5.5 + 0.3 * len(labels)
@@ -634,25 +609,21 @@ def spectrum_picture(curves, title):
             ranks, values = range(1, len(values) + 1), values.clamp(min=bottom)
             axes.plot(ranks, values, label=one_line(label, 50) + text, **how)
         axes.set(yscale="log", ylim=(bottom, 1), title=panel)
-        axes.set(
-            xlabel="rank of the eigenvalue, largest first", ylabel="share of the whole variance"
-        )
+        axes.set(xlabel="rank of the eigenvalue", ylabel="share of the whole variance")
         axes.grid(color=PALE)
         axes.legend(loc="upper left", bbox_to_anchor=(0, -0.13), frameon=False, handlelength=4)
     return figure
 
 
 def confusion_picture(counts, classes, title):
-    """counts int64 [C, C] of images, rows: true class, columns: predicted; of more than 20 classes
-    those that are confused most."""
+    """counts int64 [C, C] of images by true and predicted class; the 20 most confused of more."""
     from matplotlib.patches import Rectangle
 
     total, right, known = int(counts.sum()), int(counts.diag().sum()), most_confused(counts)
     share = (counts / counts.sum(1, keepdim=True).clamp(min=1))[known][:, known]
     names, n = [one_line(classes[k], 24) for k in known.tolist()], len(known)
     title += f": {right / max(1, total):.1%} of {total} images correct"
-    caption = "How many percent of the images of a true class are taken for each predicted class "
-    caption += "(blank: under 0.5). Black frames: correct."
+    caption = "Percent of the images of a true class (blank: under 0.5). Black frames: correct."
     few = f" Of {len(counts)} classes the {n} most confused, so rows need not add up to 100."
     side = max(7, 3 + 0.45 * n)
     figure, (axes,) = new_figure(side, side + 0.6, title, caption + few * (n < len(counts)))
@@ -663,12 +634,11 @@ def confusion_picture(counts, classes, title):
             ink = "white" if value > 0.5 else INK
             axes.text(j, i, f"{100 * value:.0f}", color=ink, ha="center", va="center")
         if i == j:
-            axes.add_patch(Rectangle((i - 0.5, i - 0.5), 1, 1, **BLACK))
+            axes.add_patch(Rectangle((i - 0.5, i - 0.5), 1, 1, edgecolor=INK, lw=2, fill=False))
     axes.set(xlabel="predicted class", ylabel="true class")
     axes.set_xticks(range(n), names, rotation=90)
     axes.set_yticks(range(n), names)
-    axes.xaxis.tick_top()
-    axes.xaxis.set_label_position("top")
+    axes.xaxis.set(ticks_position="top", label_position="top")
     return figure
 
 
@@ -698,14 +668,11 @@ def load_encoder(path, **overrides):
     """(encoder, info): the ResNet in a checkpoint, ours or anybody's, from [B, 3, S, S] to [B, F],
     in eval mode, and what is known of it.
 
-    It is found by names and shapes, below any prefix, in torchvision's naming, with `shortcut` for
-    `downsample`, or by the indices of an nn.Sequential; every tensor has to be there. overrides:
-    arch, stem (have to agree with the weights), image_size, mean, std; key, a part of the prefix
-    where there are several; features="projector", for encoder and projector of a checkpoint.pt of
-    ours. info: these and method, dataset, epoch; "found", what was taken and ignored; "assumed",
-    which of image_size, mean, std nobody says (then 224, or 32 with the small stem; ImageNet's);
-    "projector", of a checkpoint.pt of ours, [B, F] to [B, D], or None.
-    InputError, one line, for anything else: a part of an encoder, several, none, code."""
+    overrides: arch, stem (have to agree with the weights), image_size, mean, std; key, a part of
+    the prefix where there are several; features="projector", for encoder and projector of a
+    checkpoint.pt of ours. info: these and method, dataset, epoch; "found", what was taken and
+    ignored; "projector", or None; "assumed", which of image_size, mean and std nobody says (then
+    224, or 32 with the small stem, and ImageNet's). InputError, one line, for anything else."""
     saved = common.load_file(path)
     tensors = tensors_in(saved)
     chosen = choose(tensors, path, overrides.get("key"))
@@ -768,13 +735,13 @@ def choose(tensors, path, key):
     whole = [one for one in whole if not words[one.prefix] & COPIES] or whole
     whole = [one for one in whole if "student" in words[one.prefix]] or whole
     first, *others = sorted(whole, key=lambda one: len(one.prefix))
-    others = [one for one in others if weights_differ(one, first, tensors)]
+    others = [one for one in others if differ(one, first, tensors)]
     names = ", ".join(repr(one.prefix) for one in (first, *others))
     check(not others, f"{path}: several encoders, {names}: choose with --key")
     return first
 
 
-def weights_differ(one, other, tensors):
+def differ(one, other, tensors):
     pairs = [(old, one.names.get(name)) for name, old in other.names.items()]
     return not all(b and torch.equal(tensors[a], tensors[b]) for a, b in pairs)
 
@@ -828,9 +795,9 @@ def shapes_of(arch, stem):
 def completed(said, chosen, path):
     """What file and flags say of an encoder, checked, and where they say nothing, assumed."""
     info = {"arch": chosen.arch, "stem": chosen.stem} | said
-    for name in "arch", "stem":
-        seen, same = getattr(chosen, name), info[name] == getattr(chosen, name)
-        check(same, f"{path}: {name} is {seen} by its weights, not {info[name]!r}: --{name}")
+    for name, seen in ("arch", chosen.arch), ("stem", chosen.stem):
+        text = f"{path}: {name} is {seen} by its weights, not {info[name]!r}: --{name}"
+        check(info[name] == seen, text)
     default = {"image_size": 32 if chosen.stem == "small" else 224}
     default |= {"mean": common.IMAGENET_MEAN, "std": common.IMAGENET_STD}
     info["assumed"] = [name for name in default if info.get(name) is None]
@@ -841,8 +808,7 @@ def completed(said, chosen, path):
     except (ValueError, TypeError, OverflowError, RuntimeError):
         right = False
     right = right and type(info["image_size"]) is int and 8 <= info["image_size"] <= 4096
-    wrong = "unusable statistics or size, which --mean, --std and --image-size replace"
-    check(right, f"{path}: {wrong}")
+    check(right, f"{path}: unusable statistics or size: --mean, --std, --image-size replace them")
     info["mean"], info["std"] = values.tolist()
     return info
 
@@ -892,20 +858,19 @@ PRESETS = {
     "shapes": {"epochs": 20, "crop_min": 0.4},
     "finetune": {"epochs": 20, "lr": [0.2]},  # S003 B.2.5
     "s001": {"epochs": 50},
-    "s003": {"epochs": 100, "lr": [0.2], "lr_floor": 0.01, "standardize": False},
-    "s004": {"epochs": 100, "lr": [0.5], "lr_floor": 1e-3, "weight_decay": 1e-4}
-    | {"standardize": False},
+    "s003": {"epochs": 100, "lr": [0.2], "standardize": False},
+    "s004": {"epochs": 100, "lr": [0.5], "standardize": False}
+    | {"lr_floor": 1e-3, "weight_decay": 1e-4},
 }
 
 
 # fmt: off
 def parser():
-    p = common.Parser(__doc__.splitlines()[0])
+    p, switch = common.Parser(__doc__.splitlines()[0]), argparse.BooleanOptionalAction
     p.add_argument("--checkpoint", required=True, help="encoder.pt, checkpoint.pt, or: random")
     p.add_argument("--key", help="a part of the encoder's prefix, where a file holds several")
     p.add_argument("--mean", type=float, nargs=3, help="of the channels; default: as for --std")
-    p.add_argument("--std", type=common.positive, nargs=3, help="default: what the file says, else "
-                   "those of the dataset with the small stem, of ImageNet with the other")
+    p.add_argument("--std", type=common.positive, nargs=3, help="default: the file's, else assumed")
     p.add_argument("--features", choices=("encoder", "projector"), default="encoder",
                    help="what is evaluated; the projector is in our own checkpoint.pt")
     p.add_argument("--protocol", choices=("linear", "knn", "finetune"), default="linear")
@@ -924,12 +889,11 @@ def parser():
     p.add_argument("--encoder-lr", type=common.positive, default=0.005, help="for finetune, S003")
     p.add_argument("--momentum", type=common.fraction, default=0.9, help="of SGD")
     p.add_argument("--weight-decay", type=common.number(float, 0), help="of SGD")
-    p.add_argument("--standardize", action=argparse.BooleanOptionalAction, help="for linear")
+    p.add_argument("--standardize", action=switch, help="features, for the linear classifier")
     p.add_argument("--crop-min", type=common.number(float, 1e-3, 1), help="share of the area")
     p.add_argument("--validation-fraction", type=common.fraction, default=0.0,
                    help="measure on this share of the training images, held out, instead of test")
-    p.add_argument("--untrained", action=argparse.BooleanOptionalAction, default=True,
-                   help="measure an untrained encoder as well, for comparison")
+    p.add_argument("--untrained", action=switch, default=True, help="measure one, to compare with")
     p.add_argument("--pictures", action="store_true", help="draw four; needs matplotlib")
     p.add_argument("--map", choices=("pca", "tsne"), default="pca", help="tsne: needs scikit-learn")
     p.add_argument("--compare", nargs="+", default=[], help="more checkpoints for spectrum.png")
@@ -942,18 +906,16 @@ def arguments():
     linear = args.protocol == "linear"
     check(not args.cached or linear, "--cached is for --protocol linear")
     check(len(args.lr) == 1 or linear, "several --lr are for --protocol linear")
-    fits = args.recipe is None or linear or (args.recipe, args.protocol) == ("s001", "finetune")
+    tuned = args.protocol == "finetune"
+    fits = args.recipe is None or linear or tuned and args.recipe == "s001"
     check(fits, f"--recipe {args.recipe} is for linear; finetune without one is S003's, or s001")
-    projector = args.features == "projector"
-    check(not projector or args.protocol != "finetune", "--features projector is not for finetune")
+    check(args.features == "encoder" or not tuned, "--features projector is not for finetune")
     check(args.pictures or args.map == "pca", "--map is for --pictures")
     check(args.pictures or not args.compare, "--compare is for --pictures")
-    # Hours later would be a bad time to find one missing.
-    for wanted, module, name in (
-        (args.pictures, "matplotlib", "matplotlib"),
-        (args.map == "tsne", "sklearn", "scikit-learn"),
-    ):
-        there = not wanted or importlib.util.find_spec(module)
+    needed = {"matplotlib": "matplotlib"} if args.pictures else {}
+    needed |= {"sklearn": "scikit-learn"} if args.map == "tsne" else {}
+    for module, name in needed.items():  # hours later would be a bad time to find it missing
+        there = importlib.util.find_spec(module)
         check(there, f"--pictures needs {name} for this: pip install {name}")
     for path in args.compare:
         load_encoder(path)
@@ -962,8 +924,7 @@ def arguments():
 
 
 def the_encoder(args):
-    """(encoder, info, data): what --checkpoint and --dataset name, and how images are shown to it.
-    Fills in args.arch, stem and image_size."""
+    """(encoder, info, data) of --checkpoint and --dataset. Fills in args.arch, stem, image_size."""
     untrained = args.checkpoint == "random"
     if not untrained:  # before the data: the cheaper thing to be wrong about
         encoder, info = load_encoder(args.checkpoint, **vars(args))
@@ -989,15 +950,15 @@ def the_encoder(args):
 
 
 def the_images(data, args):
-    """(data, kind): training images and those the figures are of, data.test, and what these are."""
+    """(data, kind): with what is held out, and what data.test, which the figures are of, is."""
     fraction, count, kind = args.validation_fraction, len(data.classes), "test"
     if fraction > 0:
         held, rest = drawn(data.train, fraction, count, args.seed, "validation")
         check(len(held) and len(rest), f"--validation-fraction {fraction} leaves a part empty")
         train, test, kind = data.train.take(rest), data.train.take(held), "validation"
         data = dataclasses.replace(data, train=train, test=test)
-    hint = "hold images out with --validation-fraction 0.1"
-    check(data.test is not None, f"{data.name} has no test split: {hint}")
+    none = f"{data.name} has no test split: hold images out with --validation-fraction 0.1"
+    check(data.test is not None, none)
     for name, split in ("training", data.train), (kind, data.test):
         missing = (split.labels.bincount(minlength=count) == 0).nonzero()[:, 0].tolist()
         some = ", ".join(str(data.classes[i]) for i in missing[:3]) + ", ..." * (len(missing) > 3)
@@ -1009,7 +970,7 @@ def the_images(data, args):
 
 
 def the_file(data, args):
-    """Where the figures go: beside the checkpoint, or in a folder of its own. It can be written."""
+    """Where the figures go: beside the checkpoint, or in a folder of its own."""
     path, untrained = Path(args.checkpoint), args.checkpoint == "random"
     folder = Path(f"runs/random_{data.name}_{args.arch}") if untrained else path.parent
     words = [args.protocol, args.recipe, "projector" * (args.features == "projector")]
@@ -1018,7 +979,6 @@ def the_file(data, args):
     words += ["validation" * (args.validation_fraction > 0), data.name]
     words += [] if untrained or path.name in OURS else [path.stem]
     file = folder / ("_".join(filter(None, words)) + ".json")
-
     common.on_first(lambda: folder.mkdir(parents=True, exist_ok=True))
     check(os.access(folder, os.W_OK), f"{folder}: no permission to write")  # not hours later
     return file
@@ -1028,8 +988,7 @@ def main():
     args = arguments()
     encoder, info, data = the_encoder(args)
     data, kind = the_images(data, args)
-    test = data.test
-    whole = len(data.train)
+    test, whole = data.test, len(data.train)
     some = labelled(data.train, args.label_fraction, len(data.classes), args.seed)
     part, file = dataclasses.replace(data, train=some), the_file(data, args)
     if len(some) < whole:
@@ -1040,16 +999,15 @@ def main():
     measured = every_seed(encoder, data, test, args)
     seconds = round(time.time() - start, 1)
     plain = untrained(data, test, args) if args.untrained and info["method"] != "untrained" else {}
-    rows, figures = table(measured, plain, data, args)
+    what = f"{named(info, args)}, {args.arch}, {args.stem} stem"
+    print(f"\n{what}: {data.name}, {len(test)} {kind} images of {args.image_size} pixels")
+    figures = table(measured, plain, data, args)
     result = {"protocol": args.protocol, "dataset": data.name, "split": kind}
     result |= {"features": args.features, "cached": args.cached, "seeds": args.seeds}
     result |= {"label_fraction": args.label_fraction, "labelled_images": len(some), **figures}
     result |= {"images": len(test), "seconds": seconds}
     result |= {"method": info["method"], "epoch": info["epoch"], **common.describe(args)}
     result |= {key: info[key] for key in ("found", "assumed") if key in info}
-    what = f"{named(info, args)}, {args.arch}, {args.stem} stem"
-    print(f"\n{what}: {data.name}, {len(test)} {kind} images of {args.image_size} pixels")
-    print_table(rows)
     common.on_first(lambda: common.write_json(result, file))
     if args.pictures:
         pictures = list(draw_pictures(info, part, test, measured, args))
