@@ -1,40 +1,37 @@
 # SPDX-License-Identifier: MIT
 """Evaluate a saved encoder: a classifier on its frozen features, nearest neighbours, fine-tuning.
 
-linear   The encoder stays frozen, in eval mode: its parameters and its batch-norm statistics are
-         compared bit for bit before and after. A linear layer is trained on its output with SGD,
-         momentum .9, no weight decay, batches of 256, 100 epochs, random resized crops and flips
-         (S003 5.2.5 and B.1.2), cosine from lr .02 to .0002. Unlike there, features are
-         standardised, for which held-out training images of CIFAR-10 preferred .02 to S003's .2.
-         With --cached features are computed once, without augmentation: minutes, not hours, on a
-         CPU. On shapes, 20 epochs and crops of at least .4 of the area.
+linear   The encoder stays frozen, in eval mode: its tensors are compared bit for bit before and
+         after. A linear layer is trained on its output with SGD, momentum .9, no weight decay,
+         batches of 256, 100 epochs, random resized crops and flips (S003 5.2.5 and B.1.2), cosine
+         from lr .02 to .0002. Unlike there, features are standardised, for which held-out training
+         images of CIFAR-10 preferred .02 to S003's .2. With --cached features are computed once,
+         without augmentation: minutes, not hours, on a CPU. On shapes, 20 epochs and crops of at
+         least .4 of the area.
 knn      Weighted nearest neighbours by cosine (Wu et al. 2018); the others report them as well.
 finetune Encoder and classifier are trained together, 20 epochs, the encoder with a rate of its own,
          --encoder-lr .005, in steps (S003 B.2.5, whose rates 20 and 30 of the classifier are for
          features that are not standardised; here .2).
 
 --label-fraction .01 or .1 lets all of them use the labels of that share of each class alone;
---seeds 3 repeats all (classifier, order, crops, which labels, not the encoder's training), for a
-confidence interval; of several --lr the best on a tenth of the training images, held out, is taken.
+--seeds 3 repeats all but the encoder's training, for a confidence interval; of several --lr the
+best on a tenth of the training images, held out, is taken.
 
---recipe s003  linear: lr .2 to .002, features not standardised (not for ImageNet-1K, where S003 has
-               lr 25 in steps)
-         s004  linear: lr .5, 100 epochs (S004 A.3), not standardised; weight decay 1e-4 and the
-               last rate, a thousandth, from A.1 and the released code. A.3 says nothing of crops:
-               as above. (With labels, A.1, they are AutoAugment's: not here.)
+--recipe s003  linear: lr .2 to .002, features not standardised (for ImageNet-1K S003 has others)
+         s004  linear: lr .5 (S004 A.3), not standardised; weight decay 1e-4 and the last rate, a
+               thousandth, from A.1 and the released code; crops as above, of which A.3 says nothing
          s001  50 epochs, for linear on another dataset and for finetune (S001 5.7.2 to 5.7.4; it
                gives no rates)
 
 Another --dataset than the encoder's is transfer: images are brought to the encoder's size and
-normalised with its statistics, as in its training (InfoCL takes the new dataset's).
-
-The accuracy is the last epoch's, on the test images, which nothing is chosen on. To choose
-anything, take --validation-fraction: it holds out training images and leaves the test images alone.
+normalised with its statistics, as in its training (InfoCL takes the new dataset's). The accuracy
+is the last epoch's, on the test images, which nothing is chosen on. To choose anything, take
+--validation-fraction, which measures on training images that it holds out.
 
 Run: python linear_eval.py --checkpoint runs/simclr_cifar10_resnet18/encoder.pt --dataset cifar10
-     python linear_eval.py --checkpoint random --dataset cifar10     (an untrained encoder)
 
---checkpoint takes what the training scripts save and any other file with a whole ResNet in it.
+--checkpoint takes what the training scripts save, any other file with a whole ResNet in it, or the
+word random, for an untrained one.
 How an encoder is measured is all in the first chapter; then: what a table says, pictures, whose
 encoder a file holds, command line.
 """
@@ -69,8 +66,7 @@ from common import check
 def measure(encoder, original, data, train, test, images, args):
     """{"knn" and the protocol: scores [N, C] of the test images}, and k and the rates taken.
 
-    The encoder is frozen, and compared with its original state; fine-tuning, which changes it,
-    comes last. train, test: Splits of features [N, F] for images; images: those of test."""
+    train, test: Splits of features [N, F] for images; images: those of test."""
     torch.manual_seed(args.seed)
     finite = train.images.isfinite().all() and test.images.isfinite().all()
     check(finite, f"{args.checkpoint}: its features are not finite")
@@ -87,8 +83,7 @@ def measure(encoder, original, data, train, test, images, args):
 
 
 def linear_protocol(encoder, data, train, test, args):
-    """Scores of a linear classifier on the frozen encoder, and its learning rate, with the
-    accuracies of those that --lr has it chosen from. train, test: features."""
+    """Scores of a linear classifier on the frozen encoder, and its learning rate."""
     several = len(args.lr) > 1
     rates = compared_rates(encoder, data, train, args) if several else {"lr": args.lr[0]}
     (classifier,) = linear_classifiers(encoder, data, train, [rates["lr"]], args)
@@ -115,10 +110,8 @@ def compared_rates(encoder, data, train, args):
 
 
 def linear_classifiers(encoder, data, train, rates, args):
-    """For each rate a function from features of the frozen encoder to scores. train: features.
-
-    Features are standardised with the mean and deviation of the training images' features: the
-    classifier is linear all the same, and one learning rate fits encoders of any scale."""
+    """For each rate a function from features of the frozen encoder to scores. train: features, with
+    whose mean and deviation all are standardised, so that a rate fits encoders of any scale."""
     (mean, std), steps = standardisation(train.images), steps_of(data, args)
     if not args.standardize:
         mean, std = torch.zeros_like(mean), torch.ones_like(std)
@@ -161,17 +154,16 @@ def fit_linear(batches, num_features, num_classes, steps, rates, args):
             total = total + losses.detach()
             bar.update(i, total.min())
         total = float(total.nan_to_num(math.inf).min())  # of the rates that get on
-        finite = math.isfinite(total)
-        check(finite, f"the classifier's loss is not finite in epoch {epoch}: try a lower --lr")
+        check(math.isfinite(total), f"loss not finite in epoch {epoch}: try a lower --lr")
         if epoch % max(1, args.epochs // 5) == 0:
             bar.show(f"loss {total / steps:.4f}")
     return heads
 
 
 def finetune_protocol(encoder, data, train, test, args):
-    """Scores after encoder and classifier were trained together, with learning rates of their own,
-    both by steps: after each quarter of the epochs a fifth and a tenth of what they were (S003
-    B.2.5). The encoder is in train mode. train: features; test: the images."""
+    """Scores after encoder and classifier were trained together, in train mode, with rates of their
+    own: after each quarter of the epochs a fifth and a tenth of what they were (S003 B.2.5).
+    train: features; test: the images."""
     head, steps = new_head(encoder.num_features, len(data.classes), args), steps_of(data, args)
     model = Classifier(encoder.requires_grad_(True), head, *standardisation(train.images), args)
     model = common.synchronized(model, args).train()
@@ -193,8 +185,7 @@ def finetune_protocol(encoder, data, train, test, args):
             total = total + loss.detach()
             bar.update(i, total)
         total = float(common.mean_over_processes(total))
-        finite = math.isfinite(total)
-        check(finite, f"the loss is not finite in epoch {epoch}: try a lower --lr or --encoder-lr")
+        check(math.isfinite(total), f"loss not finite in epoch {epoch}: try lower rates")
         bar.show(f"loss {total / steps:.4f}")
         if epoch * 4 // args.epochs > (epoch - 1) * 4 // args.epochs:
             for group in optimizer.param_groups:
@@ -244,20 +235,18 @@ def augmented(data, epoch, steps, args):
 
 
 def steps_of(data, args):
-    """Steps in an epoch. A set that is smaller than a batch is one batch; of a few labels there are
-    eight steps at least, or a rate meant for many would hardly move anything."""
+    """Steps in an epoch, for which --batch-size is made to fit the images and the processes. Of a
+    few labels there are eight steps, or a rate meant for many would hardly move anything."""
     processes, most = common.world_size(), len(data.train)
-    uneven = f"--batch-size {args.batch_size} is not a multiple of the {processes} processes"
-    check(args.batch_size % processes == 0, uneven)
     least = 2 * processes if args.protocol == "finetune" else processes  # for its batch norm
-    few = f"{most} training images in batches of {args.batch_size} are too few for --protocol "
-    few += args.protocol + f" in {processes} processes" * (processes > 1)
-    check(min(most, args.batch_size) >= least, few)
-    share = max(most // 8, least) if args.label_fraction < 1 else most
-    if args.batch_size > share:
-        print(f"{most} training images: batches of {share - share % processes}")
-    args.batch_size = min(args.batch_size, share - share % processes)
-    return most // args.batch_size
+    size = min(args.batch_size, max(most // 8, least) if args.label_fraction < 1 else most)
+    size -= size % processes
+    few = f"{most} training images in batches of {size} are too few for --protocol {args.protocol}"
+    check(least <= size <= most, f"{few}, which takes {least} at a time at least")
+    if size < args.batch_size:
+        print(f"{most} training images: batches of {size}")
+    args.batch_size = size
+    return most // size
 
 
 def drawn(split, fraction, num_classes, seed, purpose):
@@ -278,20 +267,9 @@ def drawn(split, fraction, num_classes, seed, purpose):
 T95 = 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262  # Student's t, 1 to 9 degrees
 
 
-@dataclasses.dataclass
-class Measured:
-    """accuracies: {"knn" and the protocol: [(top-1, top-5) of each seed]}. how: k and the rates of
-    each seed. scores, train, test: of the first seed, the last two features."""
-
-    accuracies: dict
-    how: list
-    scores: dict
-    train: common.Split
-    test: common.Split
-
-
 def every_seed(encoder, data, test, args):
-    """What each of the seeds measures on the images `test`."""
+    """What the seeds measure on the images `test`: accuracies, {"knn" and the protocol: [(top-1,
+    top-5) of each]}; how, [k and rates of each]; and the first one's scores and features."""
     original, found = copy.deepcopy(encoder.state_dict()), None
     queries, few = features_of(encoder, test, args, data), args.label_fraction < 1
     for seed in range(args.seed, args.seed + args.seeds):
@@ -301,7 +279,9 @@ def every_seed(encoder, data, test, args):
         part = dataclasses.replace(data, train=some)
         train = features_of(encoder, some, args, data) if few or not found else found.train
         scores, how = measure(encoder, original, part, train, queries, test, now)
-        found = found or Measured({name: [] for name in scores}, [], scores, train, queries)
+        if found is None:
+            found = argparse.Namespace(scores=scores, train=train, test=queries, how=[])
+            found.accuracies = {name: [] for name in scores}
         found.how.append(how)
         for name, value in scores.items():
             top1, top5 = common.top_accuracies(value, queries.labels)
@@ -338,8 +318,7 @@ def random_encoder(args, data):
 
 
 def untrained(data, test, args):
-    """The accuracies of an untrained encoder of the same kind by the same protocol, the linear
-    classifier on cached features."""
+    """The accuracies of an untrained encoder of the same kind, a linear classifier's --cached."""
     print(f"an untrained {args.arch}, for comparison")
     like = {"cached": args.protocol == "linear", "seeds": 1, "checkpoint": "untrained"}
     args = argparse.Namespace(**vars(args) | like)
@@ -358,12 +337,12 @@ def mean_and_interval(values):
 
 
 def table(measured, plain, data, args):
-    """(rows, result): rows of the printed table, (name, top-1, top-5, remark), and what they are
-    in the JSON object. plain: the accuracies of an untrained encoder."""
+    """Prints rows of (name, top-1, top-5, remark); returns what they are in the JSON object. plain:
+    the accuracies of an untrained encoder."""
     k, rows, result = measured.how[0]["knn_k"], [], {}
     before = ", before" * (args.protocol == "finetune")
     names = {"knn": f"kNN, k = {k}{before}", "finetune": "finetuned"}
-    names["linear"] = "linear, cached" if args.cached else "linear"
+    names["linear"] = "linear" + ", cached" * args.cached
     for what, found in measured.accuracies.items():
         pre = "knn_" if what == "knn" else ""
         (top1, half), (top5, _) = (mean_and_interval(column) for column in zip(*found, strict=True))
@@ -374,21 +353,17 @@ def table(measured, plain, data, args):
             remark = f"top-1 ± {half:.2%} (95 %; {len(found)} evaluations of one encoder)"
         rows.append((names[what], top1, top5, remark))
     result |= measured.how[0] if args.seeds == 1 else {"knn_k": k, "each_seed": measured.how}
-    whose = "untrained encoder" if args.features == "projector" else "untrained"
     names["linear"] = "linear, cached"
     for what, ((top1, top5),) in plain.items():
         result["untrained_" + ("knn_" if what == "knn" else "") + "top1"] = top1
-        rows.append((f"{whose}: {names[what]}", top1, top5, ""))
+        rows.append((f"untrained: {names[what]}", top1, top5, ""))
     rows.append(("chance", 1 / len(data.classes), min(1, 5 / len(data.classes)), ""))
-    return rows, result
-
-
-def print_table(rows):
     width = max(18, *(len(row[0]) for row in rows)) + 1
     print(f"{'':{width}}{'top-1':>8}{'top-5':>8}")
     for name, *accuracies, remark in rows:
         cells = [f"{'-':>8}" if x is None else f"{x:8.2%}" for x in accuracies]
         print(f"{name:{width}}{''.join(cells)}  {remark}".rstrip())
+    return result
 
 
 # --------------------------------------------------------------------------------------------------
@@ -398,10 +373,8 @@ INK, PALE, BLUE, ORANGE = "#222222", "#d8d8d8", "#005ab5", "#dc5f00"
 COLORS = """#4363d8 #e6194b #3cb44b #f58231 #911eb4 #42d4f4 #f032e6 #9a6324 #000000 #bfef45
     #469990 #fabed4 #808000 #800000 #ffe119 #000075 #a9a9a9 #dcbeff #aaffc3 #ffd8b1""".split()
 DASHES = "-", "--", ":", "-."
-FRAMES = {
-    True: {"edgecolor": BLUE, "linestyle": "-", "linewidth": 3, "fill": False},
-    False: {"edgecolor": ORANGE, "linestyle": (0, (2, 1)), "linewidth": 3, "fill": False},
-}
+FRAMES = {True: {"ec": BLUE, "ls": "-"}, False: {"ec": ORANGE, "ls": (0, (2, 1))}}
+ABOVE = {"loc": "lower left", "bbox_to_anchor": (0, 1), "frameon": False, "handlelength": 1.2}
 
 
 def draw_pictures(info, data, test, measured, args):
@@ -421,8 +394,8 @@ def draw_pictures(info, data, test, measured, args):
         points, axes = tsne(features, args.seed), ("t-SNE, first coordinate", "second coordinate")
     else:
         points, shares = principal_components(features)
-        kinds = zip(("first", "second"), shares.tolist(), strict=True)
-        axes = [f"{kind} principal component, {x:.0%} of the variance" for kind, x in kinds]
+        kinds = enumerate(shares.tolist(), 1)
+        axes = [f"principal component {n}, {x:.0%} of the variance" for n, x in kinds]
     yield "map", map_picture(images_at(test, some, args), labels[some], points, classes, name, axes)
 
     curves = spectra(info, data, test, args)
@@ -435,15 +408,14 @@ def draw_pictures(info, data, test, measured, args):
 
 
 def named(info, args=None):
-    """What the figures are of, for headings; the encoder alone without args."""
+    """The encoder, for headings; or with args what is evaluated of it."""
     epoch = "" if info["epoch"] is None else f", epoch {info['epoch']}"
     projector = args is not None and args.features == "projector"
     return f"{info['method']}{epoch}{', projector' * projector}"
 
 
 def images_at(split, index, args):
-    """Images of a split as the encoder sees them, but in [0, 1]: float [n, 3, S, S] for index [n].
-    No others are decoded."""
+    """Images of a split as the encoder sees them, but in [0, 1]: float [n, 3, S, S] for [n]."""
     split = split.take(index)
     images = split.images
     if not split.in_memory:
@@ -453,15 +425,10 @@ def images_at(split, index, args):
 
 
 def nearest_images(test_features, test_labels, train_features, rows=10, count=8):
-    """Test images, int64 [rows], and for each the training images nearest by cosine, the nearest
-    first, [rows, count]; fewer where there are fewer. The test images: the first of each class, of
-    classes spread over all; where these are fewer than rows, also the second of each, and so on."""
-    order = test_labels.cpu().argsort(stable=True)
-    labels = test_labels.cpu()[order]
-    turn = torch.arange(len(order)) - torch.searchsorted(labels, labels)  # 0: first of its class
-    turns = turn.argsort(stable=True)[: max(rows, len(labels.unique()))]
-    rows = min(rows, len(turns))
-    chosen = order[turns[torch.arange(rows) * len(turns) // rows].sort().values]
+    """Test images, int64 [rows], evenly spaced among all as sorted by class, and for each the
+    training images nearest by cosine, the nearest first, [rows, count]."""
+    order, rows = test_labels.cpu().argsort(stable=True), min(rows, len(test_labels))
+    chosen = order[torch.arange(rows) * len(order) // rows]
     queries = F.normalize(test_features[chosen.to(test_features.device)])
     cosine = queries @ F.normalize(train_features).T
     return chosen, cosine.topk(min(count, cosine.shape[1])).indices.cpu()
@@ -479,8 +446,7 @@ def principal_components(features):
 
 
 def tsne(features, seed):
-    """t-SNE's coordinates float32 [N, 2] of features [N, F]; perplexity, exaggeration and random
-    start as in S003 5.6 (its three dimensions are two here, its rate of 208 scikit-learn's own)."""
+    """t-SNE's float32 [N, 2] of features [N, F]: S003 5.6's settings (but in two dimensions)."""
     from sklearn.manifold import TSNE
 
     check(len(features) > 3, f"--map tsne: {len(features)} images are too few")
@@ -489,60 +455,40 @@ def tsne(features, seed):
     return torch.from_numpy(points.fit_transform(features.cpu().numpy()))
 
 
-def map_cells(points, cells, reach=2):
-    """{(column, row from above) in a grid: index of a point} for points [N, 2], each in its cell or
-    the nearest free one, at most `reach` away, or left out. Both axes are scaled to fill the grid.
-    """
+def map_cells(points, cells):
+    """{(column, row from above) in a grid, which they fill: index of one of the points [N, 2]}."""
     low, high = points.amin(0), points.amax(0)
-    place = (points - low) / (high - low).clamp(min=1e-12) * (cells - 1 - 2 * reach) + reach
-    place, shown = place.round().long().tolist(), {}
-    ways = itertools.product(range(-reach, reach + 1), repeat=2)
-    ways = sorted(ways, key=lambda way: math.hypot(*way))
+    place = ((points - low) / (high - low).clamp(min=1e-12) * (cells - 1)).round().long()
+    shown = {}
     for i in torch.randperm(len(points), generator=torch.Generator().manual_seed(0)).tolist():
-        x, y = place[i][0], cells - 1 - place[i][1]
-        spots = ((x + dx, y + dy) for dx, dy in ways)
-        shown.setdefault(next((spot for spot in spots if spot not in shown), (x, y)), i)
+        shown.setdefault((int(place[i, 0]), cells - 1 - int(place[i, 1])), i)
     return shown
 
 
 def spectra(info, data, test, args):
     """{panel: {label: spectrum [F]}} of the test images' features by an untrained encoder, the
-    evaluated one, and each in --compare, which is told what it assumes as the evaluated one is.
-    Panels: representations, and projections where the same run's projector is beside."""
+    evaluated one, as it was saved, and each in --compare, told the same where it assumes anything.
+    Panels: representations, and projections where a file is a checkpoint.pt of ours."""
     panels = {"representations": {}, "projections": {}}
     for path in dict.fromkeys(["random", args.checkpoint, *args.compare]):
         if path == "random":
             encoder, its = random_encoder(args, data)
             label = f"untrained {args.arch}"
-        elif path == args.checkpoint:
-            encoder, its = load_encoder(path, **asked(args) | {"features": None})
-            its |= {name: info[name] for name in ("image_size", "mean", "std")}
-            label = named(info)
         else:
-            encoder, its = load_encoder(path)
+            mine = path == args.checkpoint
+            encoder, its = load_encoder(path, **vars(args) | {"features": None} if mine else {})
             its |= {name: info[name] for name in its["assumed"]}
-            label = f"{named(its)}, {path}"
-        projector = projector_of_run(path, encoder)
+            label = named(its) if mine else f"{named(its)}, {path}"
         encoder = encoder.to(args.device, memory_format=torch.channels_last)
         how = argparse.Namespace(**vars(args) | {"image_size": its["image_size"]})
-        seen = dataclasses.replace(data, mean=its["mean"], std=its["std"])
-        h = common.encode(encoder, test, how, seen)
+        h = common.encode(
+            encoder, test, how, dataclasses.replace(data, mean=its["mean"], std=its["std"])
+        )
         panels["representations"][label] = spectrum(h)
-        if projector is not None:
+        if projector := its.get("projector"):
             with torch.no_grad():
                 panels["projections"][label] = spectrum(projector.to(args.device)(h))
     return {panel: lines for panel, lines in panels.items() if lines}
-
-
-def projector_of_run(path, encoder):
-    """The projector that was trained with this encoder, from the checkpoint.pt beside, or None."""
-    try:
-        path = Path(path).with_name("checkpoint.pt") if Path(path).name in OURS else ""
-        both, _ = load_encoder(path, features="projector")
-    except common.InputError:
-        return None
-    same = zip(both.encoder.state_dict().values(), encoder.state_dict().values(), strict=True)
-    return both.projector if all(itertools.starmap(torch.equal, same)) else None
 
 
 def spectrum(features):
@@ -565,8 +511,8 @@ def most_confused(counts, limit=20):
     return (wrong.sum(0) + wrong.sum(1)).argsort(descending=True, stable=True)[:limit].sort().values
 
 
-def new_figure(width, height, title, caption, dpi=100):
-    """A figure of so many inches with a title above and a caption below what will be drawn."""
+def new_figure(width, height, title, caption, panels=1, dpi=100):
+    """A figure of so many inches with a title above and a caption below its panels; and these."""
     from matplotlib.figure import Figure
 
     figure = Figure((width, height), dpi=dpi, layout="constrained", facecolor="white")
@@ -574,7 +520,7 @@ def new_figure(width, height, title, caption, dpi=100):
     caption = textwrap.fill(one_line(caption), int(12 * width))
     figure.suptitle(title, x=0.01, ha="left", fontsize=14)
     figure.supxlabel(caption, x=0.01, ha="left", fontsize=10)
-    return figure
+    return figure, figure.subplots(1, panels, squeeze=False)[0]
 
 
 def one_line(text, most=400):
@@ -591,28 +537,26 @@ def neighbors_picture(images, labels, train_images, train_labels, classes, title
 
     (rows, count), same = train_labels.shape, train_labels == labels[:, None]
     caption = f"{int(same.sum())} of the {same.numel()} neighbours, {same.double().mean():.0%}, "
-    caption += "are of the test image's class. Nearest: by the cosine of the encoder's features."
-    figure = new_figure(max(7, count + 1.5), max(4, 1.2 * rows + 1.6), title, caption)
-    axes = figure.subplots()
+    caption += "are of the test image's class. Nearest: by the cosine of features."
+    figure, (axes,) = new_figure(max(7, count + 1.5), max(4, 1.2 * rows + 1.6), title, caption)
     axes.axis("off")
+    tiles = torch.cat([images[:, None], train_images], 1).clamp(0, 1)
+    numbers = torch.cat([labels[:, None], train_labels], 1)
     for row, column in itertools.product(range(rows), range(count + 1)):
-        image, label, x, y = images[row], labels[row], 0.0, 1.2 * row
-        if column:
-            image, label, x = train_images[row, column - 1], train_labels[row, column - 1], column
-            frame = FRAMES[bool(same[row, column - 1])]
-            axes.add_patch(Rectangle((x + 0.26, y - 0.04), 0.88, 0.88, **frame))
-            x += 0.3
-        pixels = image.clamp(0, 1).permute(1, 2, 0).cpu().numpy()
+        x, y = column + 0.3 * (column > 0), 1.2 * row
+        pixels = tiles[row, column].permute(1, 2, 0).cpu().numpy()
         axes.imshow(pixels, extent=(x, x + 0.8, y + 0.8, y))
-        name = one_line(classes[label], 13)
+        name = one_line(classes[numbers[row, column]], 13)
         axes.text(x + 0.4, y + 0.88, name, fontsize=8, color=INK, ha="center", va="top")
+        if column:
+            frame = FRAMES[bool(same[row, column - 1])]
+            axes.add_patch(Rectangle((x - 0.04, y - 0.04), 0.88, 0.88, lw=3, fill=False, **frame))
     axes.text(0.4, -0.1, "test image", fontsize=10, ha="center")
     axes.text(1.3, -0.1, "its nearest training images, the nearest first", fontsize=10)
     axes.set(xlim=(-0.2, max(count + 1.3, 6)), ylim=(1.2 * rows, -0.4))
-    handles = [Rectangle((0, 0), 1, 1, **FRAMES[kind]) for kind in (True, False)]
+    handles = [Rectangle((0, 0), 1, 1, lw=3, fill=False, **frame) for frame in FRAMES.values()]
     names = "neighbour of the test image's class", "neighbour of another class"
-    where = {"loc": "lower left", "bbox_to_anchor": (0, 1), "ncols": 2, "frameon": False}
-    axes.legend(handles, names, handlelength=1.2, handleheight=1.2, **where)
+    axes.legend(handles, names, ncols=2, **ABOVE)
     return figure
 
 
@@ -633,79 +577,68 @@ def map_picture(images, labels, points, classes, title, coordinates):
         place = canvas[:, row * tile : row * tile + size, column * tile : column * tile + size]
         place[:] = color[:, None, None]
         place[:, edge:-edge, edge:-edge] = small[i]
-    caption = f"{len(shown)} of {len(points)} images are shown, each at its place or the nearest "
-    caption += "free one, at most two images away; no room for others. The axes are scaled to fit. "
     many = f"The {len(classes)} classes are too many to be told apart by colours."
+    caption = f"{len(shown)} of {len(points)} images are shown, one at each place, scaled to fit. "
     caption += "Colours: the class." if colored else many
-    figure = new_figure(12, 13.5 + 0.2 * (len(classes) // 5) * colored, title, caption, dpi=150)
-    axes = figure.subplots()
+    height = 13.5 + 0.2 * (len(classes) // 5) * colored
+    figure, (axes,) = new_figure(12, height, title, caption, dpi=150)
     axes.imshow(canvas.permute(1, 2, 0).numpy())
     axes.set(xlabel=coordinates[0], ylabel=coordinates[1], xticks=[], yticks=[])
     if colored:
-        names = [one_line(name, 24) for name in classes]
-        handles = [Patch(color=COLORS[i]) for i in range(len(names))]
-        where = {"loc": "lower left", "bbox_to_anchor": (0, 1), "ncols": 5, "frameon": False}
-        axes.legend(handles, names, handlelength=1, **where)
+        handles = [Patch(color=color) for color in COLORS[: len(classes)]]
+        axes.legend(handles, [one_line(name, 24) for name in classes], ncols=5, **ABOVE)
     return figure
 
 
 def spectrum_picture(curves, title):
-    """{panel: {label: spectrum [F]}} side by side on one axis; the same label has the same colour
-    and dashes in all."""
+    """{panel: {label: spectrum [F]}} side by side, of the same look for the same label."""
     labels = list(dict.fromkeys(itertools.chain(*curves.values())))
     shares = torch.cat([x for lines in curves.values() for x in lines.values()])
-    exponents = shares[shares > 0].log10().tolist() or [0.0]
-    top = math.ceil(max(exponents))
-    bottom = min(max(math.floor(min(exponents)), top - 10), top - 1)
-    caption = "Eigenvalues of the features' covariance, as shares of their sum. Effective "
-    caption += "dimension: exp(entropy of the shares), F where all F are equal, 1 where one is all."
-    if shares.min() < 10.0**bottom:
+    least = min(shares[shares > 0].tolist(), default=1)
+    bottom = 10.0 ** min(-1, max(-10, math.floor(math.log10(least))))
+    caption = "Shares of eigenvalues of the covariance. Effective dimension: exp of their entropy."
+    if shares.min() < bottom:
         caption += " On the lower edge: what is less, or zero."
-    figure = new_figure(7 * len(curves), 5.5 + 0.3 * len(labels), title, caption)
-    panels = figure.subplots(1, len(curves), squeeze=False)[0]
+    size = 7 * len(curves), 5.5 + 0.3 * len(labels)
+    figure, panels = new_figure(*size, title, caption, panels=len(curves))
     for axes, (panel, lines) in zip(panels, curves.items(), strict=True):
         for label, values in lines.items():
             text = f": effective dimension {effective_dimension(values):.1f} of {len(values)}"
             number = labels.index(label)
             how = {"color": COLORS[number % 9], "linestyle": DASHES[number % 4]}
-            ranks, values = range(1, len(values) + 1), values.clamp(min=10.0**bottom)
+            ranks, values = range(1, len(values) + 1), values.clamp(min=bottom)
             axes.plot(ranks, values, label=one_line(label, 50) + text, **how)
-        axes.set(yscale="log", ylim=(10.0**bottom, 10.0**top), title=panel)
-        axes.set(xlabel="rank of the eigenvalue, largest first")
-        axes.set(ylabel="share of the whole variance")
+        axes.set(yscale="log", ylim=(bottom, 1), title=panel)
+        axes.set(xlabel="rank of the eigenvalue", ylabel="share of the whole variance")
         axes.grid(color=PALE)
         axes.legend(loc="upper left", bbox_to_anchor=(0, -0.13), frameon=False, handlelength=4)
     return figure
 
 
 def confusion_picture(counts, classes, title):
-    """counts int64 [C, C] of images, rows: true class, columns: predicted; of more than 20 classes
-    those that are confused most."""
+    """counts int64 [C, C] of images by true and predicted class; the 20 most confused of more."""
     from matplotlib.patches import Rectangle
 
     total, right, known = int(counts.sum()), int(counts.diag().sum()), most_confused(counts)
     share = (counts / counts.sum(1, keepdim=True).clamp(min=1))[known][:, known]
     names, n = [one_line(classes[k], 24) for k in known.tolist()], len(known)
     title += f": {right / max(1, total):.1%} of {total} images correct"
-    caption = "How many percent of the images of a true class are taken for each predicted class "
-    caption += "(blank: under 0.5). Black frames: correct."
+    caption = "Percent of the images of a true class (blank: under 0.5). Black frames: correct."
     few = f" Of {len(counts)} classes the {n} most confused, so rows need not add up to 100."
     side = max(7, 3 + 0.45 * n)
-    figure = new_figure(side, side + 0.6, title, caption + few * (n < len(counts)))
-    axes = figure.subplots()
+    figure, (axes,) = new_figure(side, side + 0.6, title, caption + few * (n < len(counts)))
     axes.imshow(share.numpy(), cmap="Blues", vmin=0, vmax=1)
     for i, j in itertools.product(range(n), range(n)):
         value = float(share[i, j])
         if value >= 0.005 or i == j:
             ink = "white" if value > 0.5 else INK
             axes.text(j, i, f"{100 * value:.0f}", color=ink, ha="center", va="center")
-    for i in range(n):
-        axes.add_patch(Rectangle((i - 0.5, i - 0.5), 1, 1, edgecolor=INK, linewidth=2, fill=False))
+        if i == j:
+            axes.add_patch(Rectangle((i - 0.5, i - 0.5), 1, 1, edgecolor=INK, lw=2, fill=False))
     axes.set(xlabel="predicted class", ylabel="true class")
     axes.set_xticks(range(n), names, rotation=90)
     axes.set_yticks(range(n), names)
-    axes.xaxis.tick_top()
-    axes.xaxis.set_label_position("top")
+    axes.xaxis.set(ticks_position="top", label_position="top")
     return figure
 
 
@@ -722,8 +655,8 @@ def write_pictures(pictures, folder):
 
 OURS = ("encoder.pt", "checkpoint.pt")
 ABOUT = ("arch", "stem", "image_size", "mean", "std")  # what an encoder needs beside its weights
-# The first layer's place in an nn.Sequential tells what is before it: ReLU and max-pool have places
-# of their own, so at 3 there is no max-pool, and at 2 no ReLU either.
+# The place of layer1 in an nn.Sequential tells what is before it: ReLU and max-pool have places of
+# their own, so at 3 there is no max-pool, and at 2 no ReLU either. None: layers with names.
 PLACES = {
     n: {"0": "conv1", "1": "bn1"} | {str(n + i): f"layer{i + 1}" for i in range(4)}
     for n in (4, 3, 2)
@@ -732,19 +665,14 @@ COPIES = set("momentum k ema key teacher target average lagging".split())
 
 
 def load_encoder(path, **overrides):
-    """The ResNet encoder in a checkpoint, ours or anybody's, in eval mode, and what is known of it.
+    """(encoder, info): the ResNet in a checkpoint, ours or anybody's, from [B, 3, S, S] to [B, F],
+    in eval mode, and what is known of it.
 
-    It is found by names and shapes, below any prefix, among heads and wrappers, in torchvision's
-    naming, with `shortcut` for `downsample`, or by the indices of an nn.Sequential. Every tensor of
-    it has to be there. overrides: arch, stem (have to agree with the weights), image_size, mean,
-    std; key, a part of the prefix where there are several; features="projector" for an
-    nn.Sequential of encoder and projector, from a checkpoint.pt of ours: F is then its width.
-
-    Returns (encoder, info): a ResNet from [B, 3, S, S] to [B, F], and a dict with arch, stem,
-    image_size, mean, std, method, dataset, epoch; "found", a line that says what was taken and what
-    was ignored; "assumed", which of image_size, mean and std neither file nor overrides say (then
-    224 pixels, or 32 with the small stem, and ImageNet's statistics). InputError, one line, for
-    anything else: a part of an encoder, several, none, a file that would run code."""
+    overrides: arch, stem (have to agree with the weights), image_size, mean, std; key, a part of
+    the prefix where there are several; features="projector", for encoder and projector of a
+    checkpoint.pt of ours. info: these and method, dataset, epoch; "found", what was taken and
+    ignored; "projector", or None; "assumed", which of image_size, mean and std nobody says (then
+    224, or 32 with the small stem, and ImageNet's). InputError, one line, for anything else."""
     saved = common.load_file(path)
     tensors = tensors_in(saved)
     chosen = choose(tensors, path, overrides.get("key"))
@@ -757,17 +685,22 @@ def load_encoder(path, **overrides):
         info[name] = saved[name] if isinstance(saved.get(name), kind) else None
     if not ours:
         info |= {"method": Path(path).name, "dataset": None}
-    info["found"] = describe_choice(chosen, tensors)
-    if overrides.get("features") != "projector":
-        return chosen.encoder(tensors), info
-    layers = projector_beside(chosen, tensors, path) if ours else None
-    check(layers, f"{path}: no projector; --features projector takes a checkpoint.pt of ours")
-    info["found"] += f"; then the projector, {len(layers)} layers"
-    model = nn.Sequential(
-        collections.OrderedDict(encoder=chosen.encoder(tensors), projector=layers)
-    )
-    model.num_features = layers[-1].out_features
-    return model.eval(), info
+    info["found"] = described(chosen, tensors)
+    encoder = common.resnet(chosen.arch, chosen.stem).eval()
+    weights = {name: tensors[old] for name, old in chosen.names.items()}
+    encoder.load_state_dict(encoder.state_dict() | weights)
+    if chosen.first in (2, 3):
+        encoder.maxpool = nn.Identity()
+    if chosen.first == 2:
+        encoder.relu = nn.Identity()
+    info["projector"] = layers = projector_of(chosen, tensors) if ours else None
+    if overrides.get("features") == "projector":
+        check(layers, f"{path}: no projector; --features projector takes a checkpoint.pt of ours")
+        info["found"] += f"; then the projector, {len(layers)} layers"
+        both = collections.OrderedDict(encoder=encoder, projector=layers)
+        encoder = nn.Sequential(both).eval()
+        encoder.num_features = layers[-1].out_features
+    return encoder, info
 
 
 def tensors_in(saved):
@@ -784,52 +717,57 @@ def tensors_in(saved):
     return dict(sorted(found.items()))
 
 
+def choose(tensors, path, key):
+    """The one whole encoder, by its name the original and not a moving average of it."""
+    found = candidates_in(tensors)
+    check(found, f"{path}: no whole encoder: no convolution of three channels, named conv1 or 0")
+    if key is not None:
+        known = ", ".join(repr(one.prefix) for one in found)
+        exact = [one for one in found if one.prefix.strip(".") == key.strip(".")]
+        found = exact or [one for one in found if key.strip(".") in one.prefix]
+        check(found, f"{path}: --key {key} is in none of {known}")
+    best = min(found, key=lambda one: len(one.wrong))
+    text = f"{path}: no whole encoder: as a {best.arch}, what is under {best.prefix!r} has "
+    text += f"{len(best.wrong)} tensors missing, misshapen or too many: {', '.join(best.wrong[:3])}"
+    check(not best.wrong, text)
+    whole = [one for one in found if not one.wrong]
+    words = {one.prefix: set(re.split(r"[._]", one.prefix.lower())) for one in whole}
+    whole = [one for one in whole if not words[one.prefix] & COPIES] or whole
+    whole = [one for one in whole if "student" in words[one.prefix]] or whole
+    first, *others = sorted(whole, key=lambda one: len(one.prefix))
+    others = [one for one in others if differ(one, first, tensors)]
+    names = ", ".join(repr(one.prefix) for one in (first, *others))
+    check(not others, f"{path}: several encoders, {names}: choose with --key")
+    return first
+
+
+def differ(one, other, tensors):
+    pairs = [(old, one.names.get(name)) for name, old in other.names.items()]
+    return not all(b and torch.equal(tensors[a], tensors[b]) for a, b in pairs)
+
+
+# The tensors below a prefix as the ResNet that they fit best. first: the place of layer1, where
+# layers are numbered. names: torchvision's name -> the name in the file. wrong: the names of what
+# is missing, of another shape, or where no ResNet has anything.
+Candidate = collections.namedtuple("Candidate", "prefix first arch stem names wrong")
+
+
 def candidates_in(tensors):
     """A Candidate for each place that has a first convolution, of three channels."""
+    found = []
     for first, value in tensors.items():
-        if value.ndim != 4 or value.shape[1] != 3:
+        start = re.fullmatch(r"(|.*\.)(conv1|0)\.weight", first, re.DOTALL)
+        if not start or value.ndim != 4 or value.shape[1] != 3:
             continue
-        for ending, places in ("conv1.weight", {None: {}}), ("0.weight", PLACES):
-            prefix = first.removesuffix(ending)
-            if prefix == first or prefix and not prefix.endswith("."):
-                continue
-            for place, heads in places.items():
-                names = {}
-                for name in tensors:
-                    if name.startswith(prefix) and "total_" not in name:  # thop counts operations
-                        rest = name.removeprefix(prefix).replace("shortcut.", "downsample.")
-                        head, dot, rest = rest.partition(".")
-                        names[heads.get(head, head) + dot + rest] = name
-                yield fitted(prefix, place, names, tensors)
-
-
-@dataclasses.dataclass
-class Candidate:
-    """The tensors below a prefix as the ResNet that they fit best.
-
-    first: the place of the first layer, where layers are numbered. names: torchvision's name -> the
-    name in the file. wrong: what is missing, of another shape, or where no ResNet has anything."""
-
-    prefix: str
-    first: int | None
-    arch: str
-    stem: str
-    names: dict
-    wrong: list
-
-    def weights_differ(self, other, tensors):
-        pairs = [(old, other.names.get(name)) for name, old in self.names.items()]
-        return not all(b and torch.equal(tensors[a], tensors[b]) for a, b in pairs)
-
-    def encoder(self, tensors):
-        encoder = common.resnet(self.arch, self.stem)
-        weights = {name: tensors[old] for name, old in self.names.items()}
-        encoder.load_state_dict({**encoder.state_dict(), **weights})
-        if self.first in (2, 3):
-            encoder.maxpool = nn.Identity()
-        if self.first == 2:
-            encoder.relu = nn.Identity()
-        return encoder.eval()
+        for place in [None] if start[2] == "conv1" else PLACES:
+            names = {}
+            for name in tensors:
+                if name.startswith(start[1]) and "total_" not in name:  # thop counts operations
+                    rest = name.removeprefix(start[1]).replace("shortcut.", "downsample.")
+                    head, dot, rest = rest.partition(".")
+                    names[PLACES.get(place, {}).get(head, head) + dot + rest] = name
+            found.append(fitted(start[1], place, names, tensors))
+    return found
 
 
 def fitted(prefix, first, names, tensors):
@@ -854,36 +792,12 @@ def shapes_of(arch, stem):
         return {name: x.shape for name, x in common.resnet(arch, stem).state_dict().items()}
 
 
-def choose(tensors, path, key):
-    """The one whole encoder, by its name the original and not a moving average of it."""
-    found = list(candidates_in(tensors))
-    check(found, f"{path}: no whole encoder: no convolution of three channels, named conv1 or 0")
-    if key is not None:
-        known = ", ".join(repr(one.prefix) for one in found)
-        exact = [one for one in found if one.prefix.strip(".") == key.strip(".")]
-        found = exact or [one for one in found if key.strip(".") in one.prefix]
-        check(found, f"{path}: --key {key} is in none of {known}")
-    best = min(found, key=lambda one: len(one.wrong))
-    text = f"{path}: no whole encoder: as a {best.arch}, what is under {best.prefix!r} has "
-    text += f"{len(best.wrong)} tensors missing, misshapen or too many: {', '.join(best.wrong[:3])}"
-    check(not best.wrong, text)
-    whole = [one for one in found if not one.wrong]
-    words = {one.prefix: set(re.split(r"[._]", one.prefix.lower())) for one in whole}
-    whole = [one for one in whole if not words[one.prefix] & COPIES] or whole
-    whole = [one for one in whole if "student" in words[one.prefix]] or whole
-    first, *others = sorted(whole, key=lambda one: len(one.prefix))
-    others = [one for one in others if one.weights_differ(first, tensors)]
-    names = ", ".join(repr(one.prefix) for one in (first, *others))
-    check(not others, f"{path}: several encoders, {names}: choose with --key")
-    return first
-
-
 def completed(said, chosen, path):
     """What file and flags say of an encoder, checked, and where they say nothing, assumed."""
     info = {"arch": chosen.arch, "stem": chosen.stem} | said
-    for name in "arch", "stem":
-        seen, same = getattr(chosen, name), info[name] == getattr(chosen, name)
-        check(same, f"{path}: {name} is {seen} by its weights, not {info[name]!r}: --{name}")
+    for name, seen in ("arch", chosen.arch), ("stem", chosen.stem):
+        text = f"{path}: {name} is {seen} by its weights, not {info[name]!r}: --{name}"
+        check(info[name] == seen, text)
     default = {"image_size": 32 if chosen.stem == "small" else 224}
     default |= {"mean": common.IMAGENET_MEAN, "std": common.IMAGENET_STD}
     info["assumed"] = [name for name in default if info.get(name) is None]
@@ -894,50 +808,45 @@ def completed(said, chosen, path):
     except (ValueError, TypeError, OverflowError, RuntimeError):
         right = False
     right = right and type(info["image_size"]) is int and 8 <= info["image_size"] <= 4096
-    wrong = "unusable statistics or size, which --mean, --std and --image-size replace"
-    check(right, f"{path}: {wrong}")
+    check(right, f"{path}: unusable statistics or size: --mean, --std, --image-size replace them")
     info["mean"], info["std"] = values.tolist()
     return info
 
 
-def describe_choice(chosen, tensors):
+def described(chosen, tensors):
     """What was taken of a file, and what was left."""
     rest = sorted(tensors.keys() - chosen.names.values())
     ignored = collections.Counter(".".join(name.split(".")[:2]) for name in rest).most_common()
-    left = ", ".join(f"{name} {count}" for name, count in ignored[:6]) or "nothing"
-    if more := sum(count for _, count in ignored[6:]):
-        left += f", and {more} more"
     text = f"{chosen.arch}, {chosen.stem} stem, under {chosen.prefix!r}: all of its "
-    text += f"{len(chosen.names)} tensors; ignored: {left}"
+    text += f"{len(chosen.names)} tensors; ignored: "
+    text += ", ".join(f"{name} {count}" for name, count in ignored) or "nothing"
     if chosen.first in (2, 3):
         text += f"; numbered: no max-pool{' and no ReLU' * (chosen.first == 2)} before layer 1"
     return text
 
 
-def projector_beside(chosen, tensors, path):
-    """The projector of our own checkpoint.pt, built again from its numbered tensors: a matrix is a
-    Linear, a vector batch norm, and a number without tensors a ReLU. None where there is none."""
+def projector_of(chosen, tensors):
+    """The projector of our own model, built again from its numbered tensors: a matrix is a Linear,
+    a vector batch norm, a number without tensors a ReLU. None where there is none like that."""
     parent = chosen.prefix.removesuffix("backbone.")
-    for name in f"{parent}projector.", f"{parent}head.":
-        parts = {k.removeprefix(name): v for k, v in tensors.items() if k.startswith(name)}
-        numbers = [int(k.split(".")[0]) for k in parts if re.match(r"\d{1,2}\.", k)]
-        if not numbers:
-            continue
-        layers = [nn.ReLU() for _ in range(max(numbers) + 1)]
-        for i in set(numbers):
-            weight = parts.get(f"{i}.weight", torch.zeros(()))
-            if weight.ndim == 2:
-                layers[i] = nn.Linear(*weight.T.shape, bias=f"{i}.bias" in parts)
-            elif weight.ndim == 1:
-                layers[i] = nn.BatchNorm1d(len(weight))
-        layers = nn.Sequential(*layers)
-        try:
-            layers.load_state_dict(parts)
-        except RuntimeError:  # what is left, or of other shapes
-            message = f"{path}: the projector under {name!r} is none of ours"
-            raise common.InputError(message) from None
-        return layers if isinstance(layers[-1], nn.Linear) else None
-    return None
+    starts = [f"{parent}{word}." for word in ("projector", "head")]
+    start = next((start for start in starts if f"{start}0.weight" in tensors), None)
+    if start is None:
+        return None
+    parts = {k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)}
+    numbers = [int(name.split(".")[0]) for name in parts if re.match(r"\d{1,2}\.", name)]
+    layers = nn.Sequential(*(nn.ReLU() for _ in range(max(numbers) + 1)))
+    for i in set(numbers):
+        weight = parts.get(f"{i}.weight", torch.zeros(()))
+        if weight.ndim == 2:
+            layers[i] = nn.Linear(*weight.T.shape, bias=f"{i}.bias" in parts)
+        elif weight.ndim == 1:
+            layers[i] = nn.BatchNorm1d(len(weight))
+    try:
+        layers.load_state_dict(parts)
+    except RuntimeError:  # what is left, or of other shapes
+        return None
+    return layers.eval() if isinstance(layers[-1], nn.Linear) else None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -949,53 +858,44 @@ PRESETS = {
     "shapes": {"epochs": 20, "crop_min": 0.4},
     "finetune": {"epochs": 20, "lr": [0.2]},  # S003 B.2.5
     "s001": {"epochs": 50},
-    "s003": {"epochs": 100, "lr": [0.2], "lr_floor": 0.01, "standardize": False},
-    "s004": {"epochs": 100, "lr": [0.5], "lr_floor": 1e-3, "weight_decay": 1e-4}
-    | {"standardize": False},
+    "s003": {"epochs": 100, "lr": [0.2], "standardize": False},
+    "s004": {"epochs": 100, "lr": [0.5], "standardize": False}
+    | {"lr_floor": 1e-3, "weight_decay": 1e-4},
 }
 
 
 # fmt: off
 def parser():
-    p = common.Parser(__doc__.splitlines()[0])
+    p, switch = common.Parser(__doc__.splitlines()[0]), argparse.BooleanOptionalAction
     p.add_argument("--checkpoint", required=True, help="encoder.pt, checkpoint.pt, or: random")
     p.add_argument("--key", help="a part of the encoder's prefix, where a file holds several")
     p.add_argument("--mean", type=float, nargs=3, help="of the channels; default: as for --std")
-    p.add_argument("--std", type=common.positive, nargs=3, help="default: what the file says, else "
-                   "those of the dataset with the small stem, of ImageNet with the other")
+    p.add_argument("--std", type=common.positive, nargs=3, help="default: the file's, else assumed")
     p.add_argument("--features", choices=("encoder", "projector"), default="encoder",
                    help="what is evaluated; the projector is in our own checkpoint.pt")
-    p.add_argument("--protocol", choices=("linear", "knn", "finetune"), default="linear",
-                   help="see the file's head")
+    p.add_argument("--protocol", choices=("linear", "knn", "finetune"), default="linear")
     p.add_argument("--recipe", choices=("s001", "s003", "s004"), help="settings of a thesis")
     common.shared_arguments(p)
     p.set_defaults(arch=None)  # the checkpoint knows
     p.add_argument("--cached", action="store_true", help="compute features once, no augmentation")
     p.add_argument("--label-fraction", type=common.number(float, 1e-6, 1), default=1.0,
                    help="of the training images of each class, for every protocol")
-    p.add_argument("--seeds", type=common.number(int, 1, 10), default=1, help="repeat with --seed, "
-                   "--seed + 1, ...: the mean and its 95 %% confidence interval")
+    p.add_argument("--seeds", type=common.number(int, 1, 10), default=1,
+                   help="repeat with --seed, --seed + 1, ...: mean and 95 %% confidence interval")
     p.add_argument("--epochs", type=common.count, help="of the classifier")
     p.add_argument("--batch-size", type=common.count, help="of the classifier")
-    p.add_argument("--lr", type=common.positive, nargs="+",
-                   help="initial; of several the best on a tenth of the training images, held out")
-    p.add_argument("--lr-floor", type=common.fraction,
-                   help="the last learning rate, as a share of the first; for linear")
+    p.add_argument("--lr", type=common.positive, nargs="+", help="initial; of several the best")
+    p.add_argument("--lr-floor", type=common.fraction, help="last rate / first, for linear")
     p.add_argument("--encoder-lr", type=common.positive, default=0.005, help="for finetune, S003")
     p.add_argument("--momentum", type=common.fraction, default=0.9, help="of SGD")
     p.add_argument("--weight-decay", type=common.number(float, 0), help="of SGD")
-    p.add_argument("--standardize", action=argparse.BooleanOptionalAction,
-                   help="bring features to mean 0 and deviation 1 for the linear classifier")
-    p.add_argument("--crop-min", type=common.number(float, 1e-3, 1),
-                   help="smallest crop, share of the image's area")
+    p.add_argument("--standardize", action=switch, help="features, for the linear classifier")
+    p.add_argument("--crop-min", type=common.number(float, 1e-3, 1), help="share of the area")
     p.add_argument("--validation-fraction", type=common.fraction, default=0.0,
                    help="measure on this share of the training images, held out, instead of test")
-    p.add_argument("--untrained", action=argparse.BooleanOptionalAction, default=True,
-                   help="measure an untrained encoder as well, for comparison")
-    p.add_argument("--pictures", action="store_true", help="write neighbors.png, map.png, "
-                   "spectrum.png and confusion.png beside the checkpoint; needs matplotlib")
-    p.add_argument("--map", choices=("pca", "tsne"), default="pca", help="how map.png comes to two "
-                   "dimensions; tsne needs scikit-learn")
+    p.add_argument("--untrained", action=switch, default=True, help="measure one, to compare with")
+    p.add_argument("--pictures", action="store_true", help="draw four; needs matplotlib")
+    p.add_argument("--map", choices=("pca", "tsne"), default="pca", help="tsne: needs scikit-learn")
     p.add_argument("--compare", nargs="+", default=[], help="more checkpoints for spectrum.png")
     return p
 # fmt: on
@@ -1006,13 +906,12 @@ def arguments():
     linear = args.protocol == "linear"
     check(not args.cached or linear, "--cached is for --protocol linear")
     check(len(args.lr) == 1 or linear, "several --lr are for --protocol linear")
-    fits = args.recipe is None or linear or (args.recipe, args.protocol) == ("s001", "finetune")
+    tuned = args.protocol == "finetune"
+    fits = args.recipe is None or linear or tuned and args.recipe == "s001"
     check(fits, f"--recipe {args.recipe} is for linear; finetune without one is S003's, or s001")
-    projector = args.features == "projector"
-    check(not projector or args.protocol != "finetune", "--features projector is not for finetune")
-    for flag in "map", "compare":
-        given = getattr(args, flag) != parser().get_default(flag)
-        check(args.pictures or not given, f"--{flag} is for --pictures")
+    check(args.features == "encoder" or not tuned, "--features projector is not for finetune")
+    check(args.pictures or args.map == "pca", "--map is for --pictures")
+    check(args.pictures or not args.compare, "--compare is for --pictures")
     needed = {"matplotlib": "matplotlib"} if args.pictures else {}
     needed |= {"sklearn": "scikit-learn"} if args.map == "tsne" else {}
     for module, name in needed.items():  # hours later would be a bad time to find it missing
@@ -1024,19 +923,11 @@ def arguments():
     return args
 
 
-def asked(args):
-    """What the flags tell load_encoder."""
-    given = {"arch": args.arch, "stem": args.stem, "image_size": args.image_size}
-    given |= {"mean": args.mean, "std": args.std}
-    return given | {"key": args.key, "features": args.features}
-
-
 def the_encoder(args):
-    """(encoder, info, data): what --checkpoint and --dataset name, and how images are shown to it.
-    Fills in args.arch, stem and image_size."""
+    """(encoder, info, data) of --checkpoint and --dataset. Fills in args.arch, stem, image_size."""
     untrained = args.checkpoint == "random"
     if not untrained:  # before the data: the cheaper thing to be wrong about
-        encoder, info = load_encoder(args.checkpoint, **asked(args))
+        encoder, info = load_encoder(args.checkpoint, **vars(args))
         print(f"{args.checkpoint}: {info['found']}")
     data = common.load_once(args)
     if untrained:
@@ -1059,15 +950,15 @@ def the_encoder(args):
 
 
 def the_images(data, args):
-    """(data, kind): training images and those the figures are of, data.test, and what these are."""
+    """(data, kind): with what is held out, and what data.test, which the figures are of, is."""
     fraction, count, kind = args.validation_fraction, len(data.classes), "test"
     if fraction > 0:
         held, rest = drawn(data.train, fraction, count, args.seed, "validation")
         check(len(held) and len(rest), f"--validation-fraction {fraction} leaves a part empty")
         train, test, kind = data.train.take(rest), data.train.take(held), "validation"
         data = dataclasses.replace(data, train=train, test=test)
-    hint = "hold images out with --validation-fraction 0.1"
-    check(data.test is not None, f"{data.name} has no test split: {hint}")
+    none = f"{data.name} has no test split: hold images out with --validation-fraction 0.1"
+    check(data.test is not None, none)
     for name, split in ("training", data.train), (kind, data.test):
         missing = (split.labels.bincount(minlength=count) == 0).nonzero()[:, 0].tolist()
         some = ", ".join(str(data.classes[i]) for i in missing[:3]) + ", ..." * (len(missing) > 3)
@@ -1079,7 +970,7 @@ def the_images(data, args):
 
 
 def the_file(data, args):
-    """Where the figures go: beside the checkpoint, or in a folder of its own. It can be written."""
+    """Where the figures go: beside the checkpoint, or in a folder of its own."""
     path, untrained = Path(args.checkpoint), args.checkpoint == "random"
     folder = Path(f"runs/random_{data.name}_{args.arch}") if untrained else path.parent
     words = [args.protocol, args.recipe, "projector" * (args.features == "projector")]
@@ -1088,7 +979,6 @@ def the_file(data, args):
     words += ["validation" * (args.validation_fraction > 0), data.name]
     words += [] if untrained or path.name in OURS else [path.stem]
     file = folder / ("_".join(filter(None, words)) + ".json")
-
     common.on_first(lambda: folder.mkdir(parents=True, exist_ok=True))
     check(os.access(folder, os.W_OK), f"{folder}: no permission to write")  # not hours later
     return file
@@ -1098,8 +988,7 @@ def main():
     args = arguments()
     encoder, info, data = the_encoder(args)
     data, kind = the_images(data, args)
-    test = data.test
-    whole = len(data.train)
+    test, whole = data.test, len(data.train)
     some = labelled(data.train, args.label_fraction, len(data.classes), args.seed)
     part, file = dataclasses.replace(data, train=some), the_file(data, args)
     if len(some) < whole:
@@ -1110,16 +999,15 @@ def main():
     measured = every_seed(encoder, data, test, args)
     seconds = round(time.time() - start, 1)
     plain = untrained(data, test, args) if args.untrained and info["method"] != "untrained" else {}
-    rows, figures = table(measured, plain, data, args)
+    what = f"{named(info, args)}, {args.arch}, {args.stem} stem"
+    print(f"\n{what}: {data.name}, {len(test)} {kind} images of {args.image_size} pixels")
+    figures = table(measured, plain, data, args)
     result = {"protocol": args.protocol, "dataset": data.name, "split": kind}
     result |= {"features": args.features, "cached": args.cached, "seeds": args.seeds}
     result |= {"label_fraction": args.label_fraction, "labelled_images": len(some), **figures}
     result |= {"images": len(test), "seconds": seconds}
     result |= {"method": info["method"], "epoch": info["epoch"], **common.describe(args)}
     result |= {key: info[key] for key in ("found", "assumed") if key in info}
-    what = f"{named(info, args)}, {args.arch}, {args.stem} stem"
-    print(f"\n{what}: {data.name}, {len(test)} {kind} images of {args.image_size} pixels")
-    print_table(rows)
     common.on_first(lambda: common.write_json(result, file))
     if args.pictures:
         pictures = list(draw_pictures(info, part, test, measured, args))

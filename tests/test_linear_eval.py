@@ -541,7 +541,7 @@ def test_no_projector_is_said(monkeypatch):
         (encoder_dict(), "x.pt: no projector"),
         (weights, "no projector"),
         (our_checkpoint(classifier), "no projector"),
-        (our_checkpoint(odd), "'model.projector.' is none of ours"),
+        (our_checkpoint(odd), "no projector"),
     ):
         monkeypatch.setattr(common, "load_file", lambda path, saved=saved: saved)
         with pytest.raises(common.InputError, match=message):
@@ -607,18 +607,14 @@ def test_nearest_by_brute_force():
         assert found == sorted(range(50), key=lambda k, cosines=cosines: -float(cosines[k]))[:4]
 
 
-@pytest.mark.parametrize("num_classes, each", [(10, 1), (2, 5), (5, 2), (100, 1)])
-def test_test_images_are_spread_over_classes(num_classes, each):
+@pytest.mark.parametrize("num_classes", [10, 2, 5, 100])
+def test_test_images_are_spread_over_classes(num_classes):
     labels = torch.arange(400).mul(7) % num_classes
     chosen, _ = linear_eval.nearest_images(random(400, 3), labels, random(9, 3))
     assert len(set(chosen.tolist())) == 10
     assert labels[chosen].tolist() == [i * num_classes // 10 for i in range(10)]
-    for i in chosen.tolist():  # the first of its class, or the second, ...
-        assert int((labels[:i] == labels[i]).sum()) < each
-    labels = torch.zeros(40, dtype=torch.int64)
-    labels[17] = 3  # a rare class is shown, too
-    chosen, nearest = linear_eval.nearest_images(random(40, 3), labels, random(5, 3))
-    assert 17 in chosen and len(set(chosen.tolist())) == 10 and nearest.shape == (10, 5)
+    chosen, nearest = linear_eval.nearest_images(random(7, 3), labels[:7], random(5, 3))
+    assert len(set(chosen.tolist())) == 7 and nearest.shape == (7, 5)
 
 
 def test_only_the_chosen_images_are_decoded(monkeypatch):
@@ -649,21 +645,15 @@ def test_principal_components():
 
 
 def test_map_cells():
-    """Each point in its cell or the nearest free one; left out only where all around is taken."""
+    """One point in each cell that has any."""
     points = random(300, 2).double()
     shown = linear_eval.map_cells(points, 20)
-    assert len(set(shown.values())) == len(shown) < 300
     low, high = points.amin(0), points.amax(0)
-    places = ((points - low) / (high - low) * 15 + 2).round().long().tolist()
+    places = ((points - low) / (high - low) * 19).round().long().tolist()
+    assert shown.keys() == {(x, 19 - y) for x, y in places} and len(shown) < 300
     for (column, row), i in shown.items():
-        assert max(abs(column - places[i][0]), abs(19 - row - places[i][1])) <= 2
-        assert 0 <= min(column, row) and max(column, row) < 20
-    for i in set(range(300)) - set(shown.values()):
-        x, y = places[i]
-        around = itertools.product(range(x - 2, x + 3), range(17 - y, 22 - y))
-        assert all(cell in shown for cell in around)
-    assert len(linear_eval.map_cells(torch.zeros(99, 2), 12)) == 25
-    assert list(linear_eval.map_cells(torch.ones(1, 2), 12).values()) == [0]
+        assert [column, 19 - row] == places[i]
+    assert len(linear_eval.map_cells(torch.zeros(99, 2), 12)) == 1
 
 
 @pytest.mark.parametrize("n", [50, 6, 1])
@@ -903,8 +893,8 @@ def test_pictures_are_whole(run):
 @pytest.mark.parametrize("protocol", ["knn", "finetune"])
 def test_pictures_show_what_was_measured(protocol, argv, run, monkeypatch):
     """The matrix counts what the figure counts; spectra are of the encoder as it was saved, at the
-    size and with the statistics that were given, and of the same run's projector."""
-    drawn = {}
+    size and with the statistics that were given, and of the projector in a checkpoint.pt."""
+    drawn, argv[1] = {}, "checkpoint.pt"
     monkeypatch.setattr(linear_eval, "confusion_picture", lambda *given: drawn.update(counts=given))
     monkeypatch.setattr(linear_eval, "spectrum_picture", lambda *given: drawn.update(curves=given))
     monkeypatch.setattr(linear_eval, "map_picture", lambda *given: drawn.update(map=given))
@@ -913,7 +903,6 @@ def test_pictures_show_what_was_measured(protocol, argv, run, monkeypatch):
     argv += [*PROTOCOLS[protocol], *"--image-size 24 --mean .1 .2 .3 --std 1 2 3".split()]
     Path("other").mkdir()
     Path("other/encoder.pt").symlink_to(run.folder / "other.pt")
-    Path("other/checkpoint.pt").symlink_to(run.folder / "run/checkpoint.pt")
     _, figures = evaluate(*argv, "--pictures", "--compare", "other/encoder.pt")
     counts = drawn["counts"][0]
     assert counts.sum(1).tolist() == [8] * 4
@@ -924,7 +913,7 @@ def test_pictures_show_what_was_measured(protocol, argv, run, monkeypatch):
     assert drawn["near"][5] == f"{of}: nearest neighbours"
     (curves, _), other = drawn["curves"], "m, epoch 7, other/encoder.pt"
     assert list(curves["representations"]) == ["untrained resnet18", "simclr, epoch 1", other]
-    assert list(curves["projections"]) == ["simclr, epoch 1"]  # beside the other is not its own
+    assert list(curves["projections"]) == ["simclr, epoch 1"]  # the other has none
     images = common.load_dataset("toy.pt").test.images
     x = common.evaluation_view(images, 24, [0.1, 0.2, 0.3], [1, 2, 3])
     both, _ = linear_eval.load_encoder("checkpoint.pt", features="projector")
