@@ -98,7 +98,8 @@ def test_learning_rate_never_exceeds_the_base(warmup):
 def test_optimizers_decay_matrices_alone(name, expected, fused):
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 2))
     model[3].bias.requires_grad_(False)
-    args = SimpleNamespace(optimizer=name, scaled_lr=0.1, momentum=0.7, weight_decay=0.5)
+    knobs = {"momentum": 0.7, "weight_decay": 0.5, "precision": "fp32"}
+    args = SimpleNamespace(optimizer=name, scaled_lr=0.1, **knobs)
     optimizer = common.make_optimizer(model, args, fused)
     assert type(optimizer).__name__.lower() == name
     held = [id(p) for group in optimizer.param_groups for p in group["params"]]

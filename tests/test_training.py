@@ -855,7 +855,8 @@ def test_another_number_of_images_is_refused(images, small):
 def test_a_first_step_that_overflows_is_skipped(optimizer, monkeypatch):
     """As fp16's scale does at first. (torch's fused SGD then leaves its momentum unwritten, as the
     memory was: here, not a number.)"""
-    args = SimpleNamespace(optimizer=optimizer, scaled_lr=0.1, momentum=0.9, weight_decay=0.0)
+    knobs = {"momentum": 0.9, "weight_decay": 0.0, "precision": "fp16"}
+    args = SimpleNamespace(optimizer=optimizer, scaled_lr=0.1, **knobs)
     layer, scaler = nn.Linear(4, 4), torch.amp.GradScaler("cpu")
     start, steps = layer.weight.detach().clone(), common.make_optimizer(layer, args)
     monkeypatch.setattr(torch, "empty_like", lambda x: torch.full_like(x, float("nan")))
