@@ -985,7 +985,6 @@ class Split:
         return self.take(torch.arange(count) * len(self) // count)
 
     def take(self, index):
-        """The images that int64 `index` names."""
         labels = self.labels[index.to(self.labels.device)]
         if self.in_memory:
             return Split(self.images[index.to(self.images.device)], labels)
@@ -1072,8 +1071,7 @@ def from_packed(name, packed, path=None) -> Dataset:
     right = isinstance(packed, dict) and isinstance(packed.get("train"), dict)
     check(right, f"{where}: not a packed dataset: expected a dict with train and classes")
     classes = packed.get("classes")
-    right = isinstance(classes, list) and classes
-    check(right, f"{where}: classes should be a list of class names")
+    check(isinstance(classes, list) and classes, f"{where}: classes should be a list of names")
     keys = [key for key in ("train", "test", "unlabeled") if packed.get(key) is not None]
     splits = {key: packed_split(f"{where}: {key}", packed[key], len(classes)) for key in keys}
     sizes = sorted({tuple(split.images.shape[2:]) for split in splits.values()})
@@ -1460,8 +1458,7 @@ def prepare(args, method) -> Dataset:
     check(batch <= n, f"--batch-size {batch} exceeds the {n} training images")
     uneven = f"--batch-size {batch} is not a multiple of the {world_size()} processes"
     check(batch % world_size() == 0, uneven)
-    more = f"{data.name} has {n} training images here, and more on another machine"
-    check(agreed(n) == n, more)
+    check(agreed(n) == n, f"{data.name} has {n} training images here, and more elsewhere")
     longer = f"--warmup-epochs {args.warmup_epochs:g} exceeds --epochs {args.epochs}"
     check(args.warmup_epochs <= args.epochs, longer)
     check(args.increase_mi or args.mi_weight is None, "--mi-weight needs --increase-mi")
@@ -1737,7 +1734,7 @@ def generator(seed, purpose, number, device="cpu") -> torch.Generator:
 
 
 def launched(name, default=0):
-    """A number that torchrun gives to the processes which it starts: RANK, WORLD_SIZE, ..."""
+    """A number that torchrun gives to what it starts: RANK, WORLD_SIZE, ..."""
     return int(os.environ.get(name, default)) if dist.is_torchelastic_launched() else default
 
 
@@ -1813,7 +1810,7 @@ def mean_over_processes(x):
 
 def mean_terms(terms):
     """A dict of scalars, each the mean over the processes, on all of them."""
-    return {name: mean_over_processes(value.detach()) for name, value in terms.items()}
+    return {name: mean_over_processes(v.detach().float()) for name, v in terms.items()}
 
 
 def agreed(number):
