@@ -64,9 +64,8 @@ from common import check
 
 
 def measure(encoder, original, data, train, test, images, args):
-    """{"knn" and the protocol: scores [N, C] of the test images}, and k and the rates taken.
-
-    train, test: Splits of features [N, F] for images; images: those of test."""
+    """{"knn" and the protocol: scores [N, C] of the test images}, and k and the rates taken. train,
+    test: Splits with features [N, F] for images; images: those of test."""
     torch.manual_seed(args.seed)
     finite = train.images.isfinite().all() and test.images.isfinite().all()
     check(finite, f"{args.checkpoint}: its features are not finite")
@@ -131,8 +130,7 @@ def linear_classifiers(encoder, data, train, rates, args):
 
 
 def fit_linear(batches, num_features, num_classes, steps, rates, args):
-    """A linear layer for each of the learning rates, all trained on the same batches(epoch), pairs
-    of features [B, F] and labels [B]."""
+    """A linear layer for each rate, all trained on the same batches(epoch), [B, F] and [B]."""
     heads = [new_head(num_features, num_classes, args) for _ in rates]
     pairs = zip(heads, rates, strict=True)
     groups = [{"params": head.parameters(), "base": rate} for head, rate in pairs]
@@ -161,9 +159,8 @@ def fit_linear(batches, num_features, num_classes, steps, rates, args):
 
 
 def finetune_protocol(encoder, data, train, test, args):
-    """Scores after encoder and classifier were trained together, in train mode, with rates of their
-    own: after each quarter of the epochs a fifth and a tenth of what they were (S003 B.2.5).
-    train: features; test: the images."""
+    """Scores after encoder and classifier were trained together, in train mode, with rates that are
+    a fifth and a tenth after each quarter of the epochs (S003 B.2.5). test: the images."""
     head, steps = new_head(encoder.num_features, len(data.classes), args), steps_of(data, args)
     model = Classifier(encoder.requires_grad_(True), head, *standardisation(train.images), args)
     model = common.synchronized(model, args).train()
@@ -250,8 +247,7 @@ def steps_of(data, args):
 
 
 def drawn(split, fraction, num_classes, seed, purpose):
-    """Indices of `fraction` of the images of each class, and of the others, in order; drawn from
-    the seed alone: the same images on any machine."""
+    """Indices of `fraction` of each class, and of the others, in order: the same anywhere."""
     order = torch.randperm(len(split), generator=common.generator(seed, purpose, 0))
     labels, mask = split.labels.cpu()[order], torch.zeros(len(split), dtype=torch.bool)
     for label in range(num_classes):
@@ -337,8 +333,7 @@ def mean_and_interval(values):
 
 
 def table(measured, plain, data, args):
-    """Prints rows of (name, top-1, top-5, remark); returns what they are in the JSON object. plain:
-    the accuracies of an untrained encoder."""
+    """Prints the table; returns the same for the JSON object. plain: of an untrained encoder."""
     k, rows, result = measured.how[0]["knn_k"], [], {}
     before = ", before" * (args.protocol == "finetune")
     names = {"knn": f"kNN, k = {k}{before}", "finetune": "finetuned"}
@@ -435,8 +430,7 @@ def nearest_images(test_features, test_labels, train_features, rows=10, count=8)
 
 
 def principal_components(features):
-    """The two coordinates float64 [N, 2] in which features [N, F] vary most, and their shares [2]
-    of the whole variance. The largest weight of each is positive."""
+    """The two coordinates [N, 2] in which features [N, F] vary most, and shares of variance [2]."""
     centred = features.double() - features.double().mean(0)
     values, vectors = torch.linalg.eigh(centred.T @ centred)
     weights = vectors[:, -2:].flip(1)  # [F, 2]
@@ -466,9 +460,8 @@ def map_cells(points, cells):
 
 
 def spectra(info, data, test, args):
-    """{panel: {label: spectrum [F]}} of the test images' features by an untrained encoder, the
-    evaluated one, as it was saved, and each in --compare, told the same where it assumes anything.
-    Panels: representations, and projections where a file is a checkpoint.pt of ours."""
+    """{panel: {label: spectrum [F]}} of the test images by an untrained encoder, the evaluated one
+    as it was saved, and those in --compare; projections only of a checkpoint.pt of ours."""
     panels = {"representations": {}, "projections": {}}
     for path in dict.fromkeys(["random", args.checkpoint, *args.compare]):
         if path == "random":
@@ -492,8 +485,8 @@ def spectra(info, data, test, args):
 
 
 def spectrum(features):
-    """Shares of the whole variance, float64 [F], of the eigenvalues of the covariance of features
-    [N, F], the largest first; rounding, which is what is at most 1e-12 of the largest, is 0."""
+    """Eigenvalues [F] of the covariance of features [N, F], the largest first, as shares of their
+    sum; what is rounding is 0."""
     covariance = features.double().T.cov(correction=0)
     values = torch.linalg.eigvalsh(covariance).flip(0).cpu()
     values = values.where(values > 1e-12 * values[0], 0)
@@ -599,8 +592,8 @@ def spectrum_picture(curves, title):
     caption = "Shares of eigenvalues of the covariance. Effective dimension: exp of their entropy."
     if shares.min() < bottom:
         caption += " On the lower edge: what is less, or zero."
-    size = 7 * len(curves), 5.5 + 0.3 * len(labels)
-    figure, panels = new_figure(*size, title, caption, panels=len(curves))
+    height, count = 5.5 + 0.3 * len(labels), len(curves)
+    figure, panels = new_figure(7 * count, height, title, caption, count)
     for axes, (panel, lines) in zip(panels, curves.items(), strict=True):
         for label, values in lines.items():
             text = f": effective dimension {effective_dimension(values):.1f} of {len(values)}"
@@ -746,9 +739,8 @@ def differ(one, other, tensors):
     return not all(b and torch.equal(tensors[a], tensors[b]) for a, b in pairs)
 
 
-# The tensors below a prefix as the ResNet that they fit best. first: the place of layer1, where
-# layers are numbered. names: torchvision's name -> the name in the file. wrong: the names of what
-# is missing, of another shape, or where no ResNet has anything.
+# The ResNet that the tensors below a prefix fit best. first: layer1's number, if any. names: those
+# in the file by torchvision's. wrong: of what is missing, misshapen, or where no ResNet has any.
 Candidate = collections.namedtuple("Candidate", "prefix first arch stem names wrong")
 
 
@@ -826,8 +818,8 @@ def described(chosen, tensors):
 
 
 def projector_of(chosen, tensors):
-    """The projector of our own model, built again from its numbered tensors: a matrix is a Linear,
-    a vector batch norm, a number without tensors a ReLU. None where there is none like that."""
+    """Our own projector from its numbered tensors: a matrix is a Linear, a vector batch norm, a
+    number without tensors a ReLU. None where there is none like that."""
     parent = chosen.prefix.removesuffix("backbone.")
     starts = [f"{parent}{word}." for word in ("projector", "head")]
     start = next((start for start in starts if f"{start}0.weight" in tensors), None)
