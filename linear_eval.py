@@ -6,8 +6,7 @@ linear   The encoder stays frozen, in eval mode: its tensors are compared bit fo
          batches of 256, 100 epochs, random resized crops and flips (S003 5.2.5 and B.1.2), cosine
          from lr .02 to .0002. Unlike there, features are standardised, for which held-out training
          images of CIFAR-10 preferred .02 to S003's .2. With --cached features are computed once,
-         without augmentation: minutes, not hours, on a CPU. On shapes, 20 epochs and crops of at
-         least .4 of the area.
+         without augmentation: minutes, not hours, on a CPU. On shapes, 20 epochs, crops from .4.
 knn      Weighted nearest neighbours by cosine (Wu et al. 2018); the others report them as well.
 finetune Encoder and classifier are trained together, 20 epochs, the encoder with a rate of its own,
          --encoder-lr .005, in steps (S003 B.2.5, whose rates 20 and 30 of the classifier are for
@@ -20,8 +19,7 @@ best on a tenth of the training images, held out, is taken.
 --recipe s003  linear: lr .2 to .002, features not standardised (for ImageNet-1K S003 has others)
          s004  linear: lr .5 (S004 A.3), not standardised; weight decay 1e-4 and the last rate, a
                thousandth, from A.1 and the released code; crops as above, of which A.3 says nothing
-         s001  50 epochs, for linear on another dataset and for finetune (S001 5.7.2 to 5.7.4; it
-               gives no rates)
+         s001  50 epochs, linear on another dataset or finetune (S001 5.7.2-4; it gives no rates)
 
 Another --dataset than the encoder's is transfer: images are brought to the encoder's size and
 normalised with its statistics, as in its training (InfoCL takes the new dataset's). The accuracy
@@ -30,10 +28,8 @@ is the last epoch's, on the test images, which nothing is chosen on. To choose a
 
 Run: python linear_eval.py --checkpoint runs/simclr_cifar10_resnet18/encoder.pt --dataset cifar10
 
---checkpoint takes what the training scripts save, any other file with a whole ResNet in it, or the
-word random, for an untrained one.
-How an encoder is measured is all in the first chapter; then: what a table says, pictures, whose
-encoder a file holds, command line.
+--checkpoint takes what the training scripts save, any other file with a whole ResNet, or: random.
+Chapters: protocols, what a table says, pictures, whose encoder a file holds, command line.
 """
 
 import argparse
@@ -389,8 +385,7 @@ def draw_pictures(info, data, test, measured, args):
         points, axes = tsne(features, args.seed), ("t-SNE, first coordinate", "second coordinate")
     else:
         points, shares = principal_components(features)
-        kinds = enumerate(shares.tolist(), 1)
-        axes = [f"principal component {n}, {x:.0%} of the variance" for n, x in kinds]
+        axes = [f"principal component, {x:.0%} of the variance" for x in shares.tolist()]
     yield "map", map_picture(images_at(test, some, args), labels[some], points, classes, name, axes)
 
     curves = spectra(info, data, test, args)
@@ -554,27 +549,24 @@ def neighbors_picture(images, labels, train_images, train_labels, classes, title
 
 
 def map_picture(images, labels, points, classes, title, coordinates):
-    """Images, float [N, 3, S, S] in [0, 1], where their points [N, 2] are, in frames of their
-    classes' colours, up to 20 classes. coordinates: what the two are called."""
+    """Images, float [N, 3, S, S] in [0, 1], where their points [N, 2] are, framed by class."""
     from matplotlib.colors import to_rgb
     from matplotlib.patches import Patch
 
     cells = max(12, min(52, math.ceil(1.65 * len(points) ** 0.5)))
     shown, tile, colored = map_cells(points, cells), 1664 // cells, len(classes) <= len(COLORS)
     size, edge = tile - 2, 3 if colored else 1
-    small = (size - 2 * edge, size - 2 * edge)
-    small = F.interpolate(images.float(), small, mode="bicubic", antialias=True).clamp(0, 1).cpu()
+    small = F.interpolate(images.float(), 2 * [size - 2 * edge], mode="bicubic", antialias=True)
     canvas = torch.ones(3, cells * tile, cells * tile)
     for (column, row), i in shown.items():
         color = torch.tensor(to_rgb(COLORS[labels[i]] if colored else PALE))
         place = canvas[:, row * tile : row * tile + size, column * tile : column * tile + size]
         place[:] = color[:, None, None]
-        place[:, edge:-edge, edge:-edge] = small[i]
-    many = f"The {len(classes)} classes are too many to be told apart by colours."
+        place[:, edge:-edge, edge:-edge] = small[i].clamp(0, 1)
     caption = f"{len(shown)} of {len(points)} images are shown, one at each place, scaled to fit. "
+    many = f"{len(classes)} classes are too many for colours."
     caption += "Colours: the class." if colored else many
-    height = 13.5 + 0.2 * (len(classes) // 5) * colored
-    figure, (axes,) = new_figure(12, height, title, caption, dpi=150)
+    figure, (axes,) = new_figure(12, 14, title, caption, dpi=150)
     axes.imshow(canvas.permute(1, 2, 0).numpy())
     axes.set(xlabel=coordinates[0], ylabel=coordinates[1], xticks=[], yticks=[])
     if colored:
@@ -592,8 +584,8 @@ def spectrum_picture(curves, title):
     caption = "Shares of eigenvalues of the covariance. Effective dimension: exp of their entropy."
     if shares.min() < bottom:
         caption += " On the lower edge: what is less, or zero."
-    height, count = 5.5 + 0.3 * len(labels), len(curves)
-    figure, panels = new_figure(7 * count, height, title, caption, count)
+    size = 7 * len(curves), 5.5 + 0.3 * len(labels)
+    figure, panels = new_figure(*size, title, caption, len(curves))
     for axes, (panel, lines) in zip(panels, curves.items(), strict=True):
         for label, values in lines.items():
             text = f": effective dimension {effective_dimension(values):.1f} of {len(values)}"
@@ -690,8 +682,7 @@ def load_encoder(path, **overrides):
     if overrides.get("features") == "projector":
         check(layers, f"{path}: no projector; --features projector takes a checkpoint.pt of ours")
         info["found"] += f"; then the projector, {len(layers)} layers"
-        both = collections.OrderedDict(encoder=encoder, projector=layers)
-        encoder = nn.Sequential(both).eval()
+        encoder = nn.Sequential(collections.OrderedDict(encoder=encoder, projector=layers)).eval()
         encoder.num_features = layers[-1].out_features
     return encoder, info
 
@@ -712,7 +703,7 @@ def tensors_in(saved):
 
 def choose(tensors, path, key):
     """The one whole encoder, by its name the original and not a moving average of it."""
-    found = candidates_in(tensors)
+    found = list(candidates_in(tensors))
     check(found, f"{path}: no whole encoder: no convolution of three channels, named conv1 or 0")
     if key is not None:
         known = ", ".join(repr(one.prefix) for one in found)
@@ -746,7 +737,6 @@ Candidate = collections.namedtuple("Candidate", "prefix first arch stem names wr
 
 def candidates_in(tensors):
     """A Candidate for each place that has a first convolution, of three channels."""
-    found = []
     for first, value in tensors.items():
         start = re.fullmatch(r"(|.*\.)(conv1|0)\.weight", first, re.DOTALL)
         if not start or value.ndim != 4 or value.shape[1] != 3:
@@ -758,8 +748,7 @@ def candidates_in(tensors):
                     rest = name.removeprefix(start[1]).replace("shortcut.", "downsample.")
                     head, dot, rest = rest.partition(".")
                     names[PLACES.get(place, {}).get(head, head) + dot + rest] = name
-            found.append(fitted(start[1], place, names, tensors))
-    return found
+            yield fitted(start[1], place, names, tensors)
 
 
 def fitted(prefix, first, names, tensors):
@@ -907,8 +896,7 @@ def arguments():
     needed = {"matplotlib": "matplotlib"} if args.pictures else {}
     needed |= {"sklearn": "scikit-learn"} if args.map == "tsne" else {}
     for module, name in needed.items():  # hours later would be a bad time to find it missing
-        there = importlib.util.find_spec(module)
-        check(there, f"--pictures needs {name} for this: pip install {name}")
+        check(importlib.util.find_spec(module), f"--pictures needs {name}: pip install {name}")
     for path in args.compare:
         load_encoder(path)
     common.resolve_hardware(args)
@@ -963,17 +951,17 @@ def the_images(data, args):
 
 def the_file(data, args):
     """Where the figures go: beside the checkpoint, or in a folder of its own."""
-    path, untrained = Path(args.checkpoint), args.checkpoint == "random"
-    folder = Path(f"runs/random_{data.name}_{args.arch}") if untrained else path.parent
+    path = Path(args.checkpoint)
+    if args.checkpoint == "random":
+        path = Path(f"runs/random_{data.name}_{args.arch}") / OURS[0]
     words = [args.protocol, args.recipe, "projector" * (args.features == "projector")]
     words += [f"{args.seeds}-seeds" * (args.seeds > 1)]
     words += [f"{args.label_fraction:g}" * (args.label_fraction < 1), "cached" * args.cached]
     words += ["validation" * (args.validation_fraction > 0), data.name]
-    words += [] if untrained or path.name in OURS else [path.stem]
-    file = folder / ("_".join(filter(None, words)) + ".json")
-    common.on_first(lambda: folder.mkdir(parents=True, exist_ok=True))
-    check(os.access(folder, os.W_OK), f"{folder}: no permission to write")  # not hours later
-    return file
+    words += [path.stem * (path.name not in OURS)]
+    common.on_first(lambda: path.parent.mkdir(parents=True, exist_ok=True))
+    check(os.access(path.parent, os.W_OK), f"{path.parent}: no permission to write")
+    return path.with_name("_".join(filter(None, words)) + ".json")
 
 
 def main():
