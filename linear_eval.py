@@ -6,8 +6,7 @@ linear   The encoder stays frozen, in eval mode: its tensors are compared bit fo
          batches of 256, 100 epochs, random resized crops and flips (S003 5.2.5 and B.1.2), cosine
          from lr .02 to .0002. Unlike there, features are standardised, for which held-out training
          images of CIFAR-10 preferred .02 to S003's .2. With --cached features are computed once,
-         without augmentation: minutes, not hours, on a CPU. On shapes, 20 epochs and crops of at
-         least .4 of the area.
+         without augmentation: minutes, not hours, on a CPU. On shapes, 20 epochs, crops from .4.
 knn      Weighted nearest neighbours by cosine (Wu et al. 2018); the others report them as well.
 finetune Encoder and classifier are trained together, 20 epochs, the encoder with a rate of its own,
          --encoder-lr .005, in steps (S003 B.2.5, whose rates 20 and 30 of the classifier are for
@@ -20,8 +19,7 @@ best on a tenth of the training images, held out, is taken.
 --recipe s003  linear: lr .2 to .002, features not standardised (for ImageNet-1K S003 has others)
          s004  linear: lr .5 (S004 A.3), not standardised; weight decay 1e-4 and the last rate, a
                thousandth, from A.1 and the released code; crops as above, of which A.3 says nothing
-         s001  50 epochs, for linear on another dataset and for finetune (S001 5.7.2 to 5.7.4; it
-               gives no rates)
+         s001  50 epochs, linear on another dataset or finetune (S001 5.7.2-4; it gives no rates)
 
 Another --dataset than the encoder's is transfer: images are brought to the encoder's size and
 normalised with its statistics, as in its training (InfoCL takes the new dataset's). The accuracy
@@ -30,10 +28,8 @@ is the last epoch's, on the test images, which nothing is chosen on. To choose a
 
 Run: python linear_eval.py --checkpoint runs/simclr_cifar10_resnet18/encoder.pt --dataset cifar10
 
---checkpoint takes what the training scripts save, any other file with a whole ResNet in it, or the
-word random, for an untrained one.
-How an encoder is measured is all in the first chapter; then: what a table says, pictures, whose
-encoder a file holds, command line.
+--checkpoint takes what the training scripts save, any other file with a whole ResNet, or: random.
+Chapters: protocols, what a table says, pictures, whose encoder a file holds, command line.
 """
 
 import argparse
@@ -64,9 +60,8 @@ from common import check
 
 
 def measure(encoder, original, data, train, test, images, args):
-    """{"knn" and the protocol: scores [N, C] of the test images}, and k and the rates taken.
-
-    train, test: Splits of features [N, F] for images; images: those of test."""
+    """{"knn" and the protocol: scores [N, C] of the test images}, and k and the rates taken. train,
+    test: Splits with features [N, F] for images; images: those of test."""
     torch.manual_seed(args.seed)
     finite = train.images.isfinite().all() and test.images.isfinite().all()
     check(finite, f"{args.checkpoint}: its features are not finite")
@@ -131,8 +126,7 @@ def linear_classifiers(encoder, data, train, rates, args):
 
 
 def fit_linear(batches, num_features, num_classes, steps, rates, args):
-    """A linear layer for each of the learning rates, all trained on the same batches(epoch), pairs
-    of features [B, F] and labels [B]."""
+    """A linear layer for each rate, all trained on the same batches(epoch), [B, F] and [B]."""
     heads = [new_head(num_features, num_classes, args) for _ in rates]
     pairs = zip(heads, rates, strict=True)
     groups = [{"params": head.parameters(), "base": rate} for head, rate in pairs]
@@ -161,9 +155,8 @@ def fit_linear(batches, num_features, num_classes, steps, rates, args):
 
 
 def finetune_protocol(encoder, data, train, test, args):
-    """Scores after encoder and classifier were trained together, in train mode, with rates of their
-    own: after each quarter of the epochs a fifth and a tenth of what they were (S003 B.2.5).
-    train: features; test: the images."""
+    """Scores after encoder and classifier were trained together, in train mode, with rates that are
+    a fifth and a tenth after each quarter of the epochs (S003 B.2.5). test: the images."""
     head, steps = new_head(encoder.num_features, len(data.classes), args), steps_of(data, args)
     model = Classifier(encoder.requires_grad_(True), head, *standardisation(train.images), args)
     model = common.synchronized(model, args).train()
@@ -250,8 +243,7 @@ def steps_of(data, args):
 
 
 def drawn(split, fraction, num_classes, seed, purpose):
-    """Indices of `fraction` of the images of each class, and of the others, in order; drawn from
-    the seed alone: the same images on any machine."""
+    """Indices of `fraction` of each class, and of the others, in order: the same anywhere."""
     order = torch.randperm(len(split), generator=common.generator(seed, purpose, 0))
     labels, mask = split.labels.cpu()[order], torch.zeros(len(split), dtype=torch.bool)
     for label in range(num_classes):
@@ -337,8 +329,7 @@ def mean_and_interval(values):
 
 
 def table(measured, plain, data, args):
-    """Prints rows of (name, top-1, top-5, remark); returns what they are in the JSON object. plain:
-    the accuracies of an untrained encoder."""
+    """Prints the table; returns the same for the JSON object. plain: of an untrained encoder."""
     k, rows, result = measured.how[0]["knn_k"], [], {}
     before = ", before" * (args.protocol == "finetune")
     names = {"knn": f"kNN, k = {k}{before}", "finetune": "finetuned"}
@@ -394,8 +385,7 @@ def draw_pictures(info, data, test, measured, args):
         points, axes = tsne(features, args.seed), ("t-SNE, first coordinate", "second coordinate")
     else:
         points, shares = principal_components(features)
-        kinds = enumerate(shares.tolist(), 1)
-        axes = [f"principal component {n}, {x:.0%} of the variance" for n, x in kinds]
+        axes = [f"principal component, {x:.0%} of the variance" for x in shares.tolist()]
     yield "map", map_picture(images_at(test, some, args), labels[some], points, classes, name, axes)
 
     curves = spectra(info, data, test, args)
@@ -435,8 +425,7 @@ def nearest_images(test_features, test_labels, train_features, rows=10, count=8)
 
 
 def principal_components(features):
-    """The two coordinates float64 [N, 2] in which features [N, F] vary most, and their shares [2]
-    of the whole variance. The largest weight of each is positive."""
+    """The two coordinates [N, 2] in which features [N, F] vary most, and shares of variance [2]."""
     centred = features.double() - features.double().mean(0)
     values, vectors = torch.linalg.eigh(centred.T @ centred)
     weights = vectors[:, -2:].flip(1)  # [F, 2]
@@ -466,9 +455,8 @@ def map_cells(points, cells):
 
 
 def spectra(info, data, test, args):
-    """{panel: {label: spectrum [F]}} of the test images' features by an untrained encoder, the
-    evaluated one, as it was saved, and each in --compare, told the same where it assumes anything.
-    Panels: representations, and projections where a file is a checkpoint.pt of ours."""
+    """{panel: {label: spectrum [F]}} of the test images by an untrained encoder, the evaluated one
+    as it was saved, and those in --compare; projections only of a checkpoint.pt of ours."""
     panels = {"representations": {}, "projections": {}}
     for path in dict.fromkeys(["random", args.checkpoint, *args.compare]):
         if path == "random":
@@ -492,8 +480,8 @@ def spectra(info, data, test, args):
 
 
 def spectrum(features):
-    """Shares of the whole variance, float64 [F], of the eigenvalues of the covariance of features
-    [N, F], the largest first; rounding, which is what is at most 1e-12 of the largest, is 0."""
+    """Eigenvalues [F] of the covariance of features [N, F], the largest first, as shares of their
+    sum; what is rounding is 0."""
     covariance = features.double().T.cov(correction=0)
     values = torch.linalg.eigvalsh(covariance).flip(0).cpu()
     values = values.where(values > 1e-12 * values[0], 0)
@@ -561,27 +549,24 @@ def neighbors_picture(images, labels, train_images, train_labels, classes, title
 
 
 def map_picture(images, labels, points, classes, title, coordinates):
-    """Images, float [N, 3, S, S] in [0, 1], where their points [N, 2] are, in frames of their
-    classes' colours, up to 20 classes. coordinates: what the two are called."""
+    """Images, float [N, 3, S, S] in [0, 1], where their points [N, 2] are, framed by class."""
     from matplotlib.colors import to_rgb
     from matplotlib.patches import Patch
 
     cells = max(12, min(52, math.ceil(1.65 * len(points) ** 0.5)))
     shown, tile, colored = map_cells(points, cells), 1664 // cells, len(classes) <= len(COLORS)
     size, edge = tile - 2, 3 if colored else 1
-    small = (size - 2 * edge, size - 2 * edge)
-    small = F.interpolate(images.float(), small, mode="bicubic", antialias=True).clamp(0, 1).cpu()
+    small = F.interpolate(images.float(), 2 * [size - 2 * edge], mode="bicubic", antialias=True)
     canvas = torch.ones(3, cells * tile, cells * tile)
     for (column, row), i in shown.items():
         color = torch.tensor(to_rgb(COLORS[labels[i]] if colored else PALE))
         place = canvas[:, row * tile : row * tile + size, column * tile : column * tile + size]
         place[:] = color[:, None, None]
-        place[:, edge:-edge, edge:-edge] = small[i]
-    many = f"The {len(classes)} classes are too many to be told apart by colours."
+        place[:, edge:-edge, edge:-edge] = small[i].clamp(0, 1)
     caption = f"{len(shown)} of {len(points)} images are shown, one at each place, scaled to fit. "
+    many = f"{len(classes)} classes are too many for colours."
     caption += "Colours: the class." if colored else many
-    height = 13.5 + 0.2 * (len(classes) // 5) * colored
-    figure, (axes,) = new_figure(12, height, title, caption, dpi=150)
+    figure, (axes,) = new_figure(12, 14, title, caption, dpi=150)
     axes.imshow(canvas.permute(1, 2, 0).numpy())
     axes.set(xlabel=coordinates[0], ylabel=coordinates[1], xticks=[], yticks=[])
     if colored:
@@ -600,7 +585,7 @@ def spectrum_picture(curves, title):
     if shares.min() < bottom:
         caption += " On the lower edge: what is less, or zero."
     size = 7 * len(curves), 5.5 + 0.3 * len(labels)
-    figure, panels = new_figure(*size, title, caption, panels=len(curves))
+    figure, panels = new_figure(*size, title, caption, len(curves))
     for axes, (panel, lines) in zip(panels, curves.items(), strict=True):
         for label, values in lines.items():
             text = f": effective dimension {effective_dimension(values):.1f} of {len(values)}"
@@ -697,8 +682,7 @@ def load_encoder(path, **overrides):
     if overrides.get("features") == "projector":
         check(layers, f"{path}: no projector; --features projector takes a checkpoint.pt of ours")
         info["found"] += f"; then the projector, {len(layers)} layers"
-        both = collections.OrderedDict(encoder=encoder, projector=layers)
-        encoder = nn.Sequential(both).eval()
+        encoder = nn.Sequential(collections.OrderedDict(encoder=encoder, projector=layers)).eval()
         encoder.num_features = layers[-1].out_features
     return encoder, info
 
@@ -719,7 +703,7 @@ def tensors_in(saved):
 
 def choose(tensors, path, key):
     """The one whole encoder, by its name the original and not a moving average of it."""
-    found = candidates_in(tensors)
+    found = list(candidates_in(tensors))
     check(found, f"{path}: no whole encoder: no convolution of three channels, named conv1 or 0")
     if key is not None:
         known = ", ".join(repr(one.prefix) for one in found)
@@ -746,15 +730,13 @@ def differ(one, other, tensors):
     return not all(b and torch.equal(tensors[a], tensors[b]) for a, b in pairs)
 
 
-# The tensors below a prefix as the ResNet that they fit best. first: the place of layer1, where
-# layers are numbered. names: torchvision's name -> the name in the file. wrong: the names of what
-# is missing, of another shape, or where no ResNet has anything.
+# The ResNet that the tensors below a prefix fit best. first: layer1's number, if any. names: those
+# in the file by torchvision's. wrong: of what is missing, misshapen, or where no ResNet has any.
 Candidate = collections.namedtuple("Candidate", "prefix first arch stem names wrong")
 
 
 def candidates_in(tensors):
     """A Candidate for each place that has a first convolution, of three channels."""
-    found = []
     for first, value in tensors.items():
         start = re.fullmatch(r"(|.*\.)(conv1|0)\.weight", first, re.DOTALL)
         if not start or value.ndim != 4 or value.shape[1] != 3:
@@ -766,8 +748,7 @@ def candidates_in(tensors):
                     rest = name.removeprefix(start[1]).replace("shortcut.", "downsample.")
                     head, dot, rest = rest.partition(".")
                     names[PLACES.get(place, {}).get(head, head) + dot + rest] = name
-            found.append(fitted(start[1], place, names, tensors))
-    return found
+            yield fitted(start[1], place, names, tensors)
 
 
 def fitted(prefix, first, names, tensors):
@@ -826,8 +807,8 @@ def described(chosen, tensors):
 
 
 def projector_of(chosen, tensors):
-    """The projector of our own model, built again from its numbered tensors: a matrix is a Linear,
-    a vector batch norm, a number without tensors a ReLU. None where there is none like that."""
+    """Our own projector from its numbered tensors: a matrix is a Linear, a vector batch norm, a
+    number without tensors a ReLU. None where there is none like that."""
     parent = chosen.prefix.removesuffix("backbone.")
     starts = [f"{parent}{word}." for word in ("projector", "head")]
     start = next((start for start in starts if f"{start}0.weight" in tensors), None)
@@ -915,8 +896,7 @@ def arguments():
     needed = {"matplotlib": "matplotlib"} if args.pictures else {}
     needed |= {"sklearn": "scikit-learn"} if args.map == "tsne" else {}
     for module, name in needed.items():  # hours later would be a bad time to find it missing
-        there = importlib.util.find_spec(module)
-        check(there, f"--pictures needs {name} for this: pip install {name}")
+        check(importlib.util.find_spec(module), f"--pictures needs {name}: pip install {name}")
     for path in args.compare:
         load_encoder(path)
     common.resolve_hardware(args)
@@ -971,17 +951,17 @@ def the_images(data, args):
 
 def the_file(data, args):
     """Where the figures go: beside the checkpoint, or in a folder of its own."""
-    path, untrained = Path(args.checkpoint), args.checkpoint == "random"
-    folder = Path(f"runs/random_{data.name}_{args.arch}") if untrained else path.parent
+    path = Path(args.checkpoint)
+    if args.checkpoint == "random":
+        path = Path(f"runs/random_{data.name}_{args.arch}") / OURS[0]
     words = [args.protocol, args.recipe, "projector" * (args.features == "projector")]
     words += [f"{args.seeds}-seeds" * (args.seeds > 1)]
     words += [f"{args.label_fraction:g}" * (args.label_fraction < 1), "cached" * args.cached]
     words += ["validation" * (args.validation_fraction > 0), data.name]
-    words += [] if untrained or path.name in OURS else [path.stem]
-    file = folder / ("_".join(filter(None, words)) + ".json")
-    common.on_first(lambda: folder.mkdir(parents=True, exist_ok=True))
-    check(os.access(folder, os.W_OK), f"{folder}: no permission to write")  # not hours later
-    return file
+    words += [path.stem * (path.name not in OURS)]
+    common.on_first(lambda: path.parent.mkdir(parents=True, exist_ok=True))
+    check(os.access(path.parent, os.W_OK), f"{path.parent}: no permission to write")
+    return path.with_name("_".join(filter(None, words)) + ".json")
 
 
 def main():
