@@ -830,8 +830,8 @@ class Run:
             self.epoch, self.step, self.log = saved["epoch"], saved["step"], saved["log"]
             self.untrained, sums = saved["untrained"], saved["sums"].items()
             self.sums = {name: torch.tensor(v, device=self.args.device) for name, v in sums}
-            fits = 0 <= self.step - self.epoch * self.steps <= self.steps
-            check(fits, f"{path} was made with another number of images")
+            same = saved["images"] == len(self.data.pretrain)
+            check(same, f"{path} was made with another number of images: {saved['images']}")
 
     def save(self):
         """checkpoint.pt has what is needed to go on, encoder.pt what is needed to use it. What is
@@ -839,11 +839,14 @@ class Run:
         sums = {name: float(total) for name, total in mean_terms(self.sums).items()}
         self.means(sums)
         weights = self.model.state_dict()
-        finite = all(value.isfinite().all() for value in weights.values())
+        moments = [value for state in self.optimizer.state.values() for value in state.values()]
+        saved = [value for value in (*weights.values(), *moments) if value is not None]
+        finite = all(value.isfinite().all() for value in saved)
         check(finite, f"step {self.step}: weights are not finite; try a lower --lr, another --out")
         if rank():
             return
         state = {"model": weights, "optimizer": self.optimizer.state_dict(), "sums": sums}
+        state["images"] = len(self.data.pretrain)
         state |= {"scaler": self.scaler.state_dict(), "log": self.log, "untrained": self.untrained}
         previous = self.folder / "checkpoint.previous.pt"
         with atomic_write(self.folder / "checkpoint.pt", previous) as file:
@@ -875,13 +878,13 @@ class Run:
             file.write("".join(json.dumps(entry) + "\n" for entry in self.log).encode())
 
     def means(self, sums):
-        """Means over the steps of the epoch; a loss that is not finite ends the run."""
+        """Means over the steps of the epoch; a loss or term that is not finite ends the run."""
         steps = max(1, self.step - self.epoch * self.steps)
         means = {name: float(total) / steps for name, total in sums.items()}
         rate = self.optimizer.param_groups[0]["lr"]
-        wrong = f"step {self.step}: the loss is not finite; means of this epoch: {means}, learning "
+        wrong = f"step {self.step}: the loss or a term is not finite; means of this epoch: {means}, learning "
         wrong += f"rate {rate:.3g}; try a lower --lr and another --out"
-        check(math.isfinite(means.get("loss", 0.0)), wrong)
+        check(all(map(math.isfinite, means.values())), wrong)
         return means
 
     def leave(self, number):
@@ -1153,14 +1156,18 @@ def pack_imagenet64(folder) -> dict:
     (number, side), odd = DATASETS["imagenet64"], "not a readable file of ImageNet64"
     packed = {"classes": [str(i + 1) for i in range(number)]}
     for split, files in {"train": train, "test": [folder / "val_data.npz"]}.items():
-        images, labels = [], []
+        labels = []
         for file in files:
+            with readable(file, odd), np.load(file, allow_pickle=False) as arrays:
+                labels.append(torch.from_numpy(arrays["labels"].astype(np.int64)) - 1)
+        counts = [len(part) for part in labels]
+        images = torch.empty(sum(counts), 3, side, side, dtype=torch.uint8)  # in memory once
+        for file, part in zip(files, images.split(counts), strict=True):
             with readable(file, odd), np.load(file, allow_pickle=False) as arrays:
                 pixels = arrays["data"]
                 check(pixels.dtype == np.uint8, f"{file}: data is {pixels.dtype}, not uint8")
-                images.append(torch.from_numpy(pixels).view(-1, 3, side, side))
-                labels.append(torch.from_numpy(arrays["labels"].astype(np.int64)) - 1)
-        packed[split] = {"images": torch.cat(images), "labels": torch.cat(labels)}
+                part.copy_(torch.from_numpy(pixels).view(part.shape))
+        packed[split] = {"images": images, "labels": torch.cat(labels)}
     return packed
 
 
@@ -1879,4 +1886,6 @@ def distributed(model):
     if world_size() == 1:
         return model
     # Buffers are not sent around: every process computes the same.
-    return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+    model = nn.parallel.DistributedDataParallel(model)
+    model.broadcast_buffers = False  # every process computes the same
+    return model

@@ -6,12 +6,10 @@ import argparse
 import functools
 import importlib
 import itertools
-import json
 import math
 import os
 import re
 import shutil
-import sys
 import zlib
 from types import SimpleNamespace
 from unittest import mock
@@ -27,6 +25,7 @@ from torch import nn
 import common
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.25, 0.2, 0.3)
+MIXED = [(40, 60), (50, 50), (64, 40)]  # sizes of images that stay on disk
 METHODS = "simclr byol barlow_twins vicreg supcon_tcl carl_carp corinfomax".split()
 
 
@@ -37,6 +36,11 @@ def rng(seed=0):
 def noise_bytes(n, height, width=None, seed=0):
     shape = n, 3, height, width or height
     return torch.randint(256, shape, generator=rng(seed), dtype=torch.uint8)
+
+
+def tree(folder):
+    """Every file below a folder, with what is in it."""
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def close(actual, expected, atol=1e-5):
@@ -55,34 +59,22 @@ def hardware(**options):
 
 
 @pytest.mark.parametrize(
-    "step, expected",
+    "step, warmup, expected",
     [
-        (0, 1 / 20),  # the first step of the warm-up is not lost
-        (9, 0.5),
-        (19, 1.0),  # the last
-        (20, 1.0),  # the first of the cosine
-        (60, 0.5),
-        (80, 0.1464466),  # (1 + cos(3 pi / 4)) / 2
-        (99, 0.0003855),  # the last step: sin(pi / 160)^2
-        (100, 0.0),
+        (0, 20, 1 / 20),  # the first step of the warm-up is not lost
+        (19, 20, 1.0),  # the last
+        (2, 2.5, 1.0),  # it need not be whole steps
+        (20, 20, 1.0),  # the first of the cosine
+        (60, 20, 0.5),
+        (99, 20, 0.0003855),  # the last step: sin(pi / 160)^2
+        (50, 0, 0.5),
     ],
 )
-def test_learning_rate(step, expected):
-    assert common.learning_rate(step, 100, 20, 3.0) == pytest.approx(3 * expected, abs=1e-6)
-    if step >= 20:
-        lifted = common.learning_rate(step, 100, 20, 3.0, final=1.0)
+def test_learning_rate(step, warmup, expected):
+    assert common.learning_rate(step, 100, warmup, 3.0) == pytest.approx(3 * expected, abs=1e-6)
+    if step >= warmup:
+        lifted = common.learning_rate(step, 100, warmup, 3.0, final=1.0)
         assert lifted == pytest.approx(1 + 2 * expected, abs=1e-6)
-
-
-@pytest.mark.parametrize("warmup", [0, 0.4, 2.5, 7.9])
-def test_learning_rate_never_exceeds_the_base(warmup):
-    """The warm-up need not be a whole number of steps."""
-    rates = [common.learning_rate(step, 30, warmup, 1.0) for step in range(30)]
-    assert max(rates) <= 1.0
-    falling = rates[int(warmup) + 1 :]
-    assert falling == sorted(falling, reverse=True)
-    if warmup == 0:
-        assert (rates[0], rates[15]) == pytest.approx((1.0, 0.5))
 
 
 @pytest.mark.parametrize(
@@ -94,16 +86,14 @@ def test_learning_rate_never_exceeds_the_base(warmup):
         ("lars", 2 - 0.1 * 0.001 * 2),  # so does LARS: p - lr * trust * |p| / |u| * u
     ],
 )
-@pytest.mark.parametrize("fused", [True, None])
-def test_optimizers_decay_matrices_alone(name, expected, fused):
+def test_optimizers_decay_matrices_alone(name, expected):
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 2))
-    model[3].bias.requires_grad_(False)
     knobs = {"momentum": 0.7, "weight_decay": 0.5, "precision": "fp32"}
     args = SimpleNamespace(optimizer=name, scaled_lr=0.1, **knobs)
-    optimizer = common.make_optimizer(model, args, fused)
+    optimizer = common.make_optimizer(model, args)
     assert type(optimizer).__name__.lower() == name
     held = [id(p) for group in optimizer.param_groups for p in group["params"]]
-    assert sorted(held) == sorted(id(p) for p in model.parameters() if p is not model[3].bias)
+    assert sorted(held) == sorted(id(p) for p in model.parameters())
     assert all(group.get("momentum", 0.7) == 0.7 for group in optimizer.param_groups)
     for p in model.parameters():
         nn.init.constant_(p, 2.0)
@@ -113,43 +103,38 @@ def test_optimizers_decay_matrices_alone(name, expected, fused):
         close(p.detach(), torch.full_like(p, expected if p.ndim > 1 else 2.0), 1e-6)
 
 
-def lars_step(p, g, m, lr, momentum, weight_decay, eta):
-    """u = g + wd p; q = eta |p| / |u|; m = momentum m + q u; p = p - lr m. In 1-D u = g, q = 1."""
+def lars_step(p, g, m, lr, weight_decay):
+    """u = g + wd p; q = eta |p| / |u|; m = .9 m + q u; p = p - lr m. In one dimension q u is g."""
+    u = g
     if p.ndim > 1:
         u = g + weight_decay * p
-        norm_p, norm_u = p.norm(), u.norm()
-        q = eta * norm_p / norm_u if norm_p > 0 and norm_u > 0 else 1.0
-    else:
-        u, q = g, 1.0
-    m = momentum * m + q * u
+        if p.norm() > 0 and u.norm() > 0:
+            u = 0.01 * p.norm() / u.norm() * u
+    m = 0.9 * m + u
     return p - lr * m, m
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 def test_lars_equals_the_rule(weight_decay):
-    """And leaves gradients alone, and what has none; and goes on from its saved state."""
-    sizes = [(4, 3), (5, 2, 3, 3), (7,), (2, 2), (3, 3), (2, 3)]
+    sizes = [(5, 2, 3, 3), (7,), (2, 2), (3, 3)]
     expected = [torch.randn(*size, generator=rng(), dtype=torch.float64) for size in sizes]
-    expected[3].zero_()
-    params, state = [nn.Parameter(p.clone()) for p in expected], None
+    expected[2].zero_()
+    params = [nn.Parameter(p.clone()) for p in expected]
+    idle = nn.Parameter(torch.ones(3))  # without a gradient
+    knobs = {"weight_decay": weight_decay, "trust_coefficient": 0.01}
+    optimizer = common.LARS([*params, idle], 1.0, **knobs)
     buffers = [torch.zeros_like(p) for p in expected]
-    for step, lr in enumerate([0.5, 0.5, 2.0, 0.1]):  # which tells m + q u from m + lr q u
-        optimizer = common.LARS(params, 1.0, weight_decay=weight_decay, trust_coefficient=0.01)
-        if state:
-            optimizer.load_state_dict(state)
-        gradients = [torch.randn(p.shape, generator=rng(step), dtype=p.dtype) for p in expected]
-        gradients[4].zero_()
-        for p, g in zip(params[:5], gradients, strict=False):
-            p.grad = g.clone()
+    for step, lr in enumerate([0.5, 2.0, 0.1]):  # which tells m + q u from m + lr q u
         optimizer.param_groups[0]["lr"] = lr
+        gradients = [torch.randn(p.shape, generator=rng(step), dtype=p.dtype) for p in expected]
+        gradients[3].zero_()
+        for p, g in zip(params, gradients, strict=True):
+            p.grad = g.clone()
         optimizer.step()
-        state = optimizer.state_dict()
-        for i, (p, g) in enumerate(zip(params[:5], gradients, strict=False)):
-            rule = expected[i], g, buffers[i], lr, 0.9, weight_decay, 0.01
-            expected[i], buffers[i] = lars_step(*rule)
-            torch.testing.assert_close(p.detach(), expected[i], rtol=1e-12, atol=1e-12)
+        for i, (p, g) in enumerate(zip(params, gradients, strict=True)):
+            expected[i], buffers[i] = lars_step(expected[i], g, buffers[i], lr, weight_decay)
+            close(p.detach(), expected[i], 1e-12)
             assert torch.equal(p.grad, g)
-    assert torch.equal(params[5], expected[5])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -169,19 +154,7 @@ def test_resnet_is_torchvisions(stem):
     x = noise_bytes(2, 32) / 255 - 0.5
     with torch.no_grad():
         assert torch.equal(model(x), reference(x))
-
-
-@pytest.mark.parametrize("stem, side", [("small", 32), ("imagenet", 8)])
-@pytest.mark.parametrize("arch", common.ARCHITECTURES)
-def test_resnet_keys_and_shapes(arch, stem, side):
-    features, x = (512 if arch in ("resnet18", "resnet34") else 2048), torch.empty(2, 3, 32, 32)
-    with torch.device("meta"):
-        model, original = common.resnet(arch, stem), getattr(torchvision.models, arch)()
-        keys = [key for key in original.state_dict() if not key.startswith("fc.")]
-        assert list(model.state_dict()) == keys
-        assert model.num_features == features and model(x.to("meta")).shape == (2, features)
-        seen = model.maxpool(model.conv1(x.to("meta")))  # by layer1
-        assert seen.shape == (2, 64, side, side)
+    assert model.num_features == 512
 
 
 @pytest.mark.parametrize("words, name", [(("resnet19",), "resnet19"), (("resnet18", "big"), "big")])
@@ -200,25 +173,22 @@ def test_mlp():
 
 
 def test_views_pass_together_or_one_by_one():
-    """What batch norm sees tells; each view's output is at its place either way."""
+    """Batch norm tells, by what it takes its statistics of."""
     views = [torch.randn(5, 4, generator=rng(i)) * (i + 1) for i in range(3)]
     norm = nn.BatchNorm1d(4, affine=False)
     apart = common.forward_views(norm, views, concat=False)
     together = common.forward_views(norm, views, concat=True)
-    stack = torch.cat(views)
-    standardised = (stack - stack.mean(0)) / (stack.var(0, unbiased=False) + norm.eps).sqrt()
-    assert isinstance(apart, list) and isinstance(together, list)
-    for i, x in enumerate(views):
-        close(apart[i], (x - x.mean(0)) / (x.var(0, unbiased=False) + norm.eps).sqrt())
-        close(together[i], standardised[5 * i : 5 * i + 5])
+    assert len(apart) == len(together) == 3
+    for y, x in zip(apart, views, strict=True):
+        close(y, norm(x))
+    close(torch.cat(together), norm(torch.cat(views)))
 
 
 # --------------------------------------------------------------------------------------------------
 # What a representation is worth
 
 
-@pytest.mark.parametrize("k", [1, 5, 17, 99])
-@pytest.mark.parametrize("temperature", [0.01, 0.07, 1.0])
+@pytest.mark.parametrize("k, temperature", [(5, 0.01), (99, 1.0)])
 def test_knn_equals_a_slow_loop(k, temperature):
     """exp(cosine / temperature) for the class of each of the k nearest, or of all there are."""
     bank, queries = torch.randn(60, 8, generator=rng(0)), torch.randn(23, 8, generator=rng(1))
@@ -241,11 +211,8 @@ def test_top_accuracies_by_hand():
     assert common.top_accuracies(few, torch.tensor([0, 0])) == (0.5, 1.0)
 
 
-@pytest.mark.parametrize(
-    "wanted, size, k",
-    [(200, 4000, 200), (200, 1000, 50), (20, 1000, 20), (200, 15, 1)],  # of ten classes
-)
-def test_neighbours_are_at_most_half_of_a_class(wanted, size, k):
+@pytest.mark.parametrize("wanted, size, k", [(200, 1000, 50), (20, 1000, 20), (200, 15, 1)])
+def test_neighbours_are_at_most_half_of_one_of_ten_classes(wanted, size, k):
     bank = common.Split(torch.randn(size, 4, generator=rng(0)), torch.arange(size) % 10)
     test = common.Split(torch.randn(30, 4, generator=rng(1)), torch.arange(30) % 10)
     args = SimpleNamespace(knn_k=wanted, knn_temperature=0.1)
@@ -254,36 +221,23 @@ def test_neighbours_are_at_most_half_of_a_class(wanted, size, k):
     assert used == k and torch.equal(votes, expected)
 
 
-@pytest.mark.parametrize("bank", [0, 8])
-def test_knn_monitor(bank):
-    """Four classes, sorted, each a picture of its own and noise, of which a bank takes some of each
-    class; a test image in ten has a wrong label."""
-    labels, pictures = torch.arange(4).repeat_interleave(10), noise_bytes(4, 8)
-    train = common.Split(pictures[labels] // 2 + noise_bytes(40, 8, seed=1) // 8, labels)
-    wrong = torch.where(torch.arange(40) % 10 == 0, (labels + 1) % 4, labels)
-    test = common.Split(pictures[labels] // 2 + noise_bytes(40, 8, seed=2) // 8, wrong)
-    data = common.Dataset("pictures", list("abcd"), train, test, train, 8, MEAN, STD)
-    args = hardware(image_size=8, knn_bank=bank, knn_k=200, knn_temperature=0.1)
-    seen = []
-    backbone = nn.Sequential(nn.Flatten())
-    backbone.register_forward_hook(lambda _, inputs, h: seen.append(len(h)))
-    assert common.knn_monitor(backbone, data, args) == 0.9
-    assert sum(seen) == (bank or 40) + 40
+def test_knn_monitor():
+    """Every test image is in the bank; one in ten has another label there."""
+    images, labels = noise_bytes(40, 8), torch.arange(40) % 4
+    train = common.Split(images, labels)
+    test = common.Split(images, torch.where(torch.arange(40) < 4, labels + 1, labels) % 4)
+    data = common.Dataset("noise", list("abcd"), train, test, train, 8, MEAN, STD)
+    args = hardware(image_size=8, knn_bank=0, knn_k=1, knn_temperature=0.1)
+    assert common.knn_monitor(nn.Flatten(), data, args) == 0.9
 
 
 def test_encode_is_the_backbone_in_eval_mode():
-    torch.manual_seed(0)
-    backbone = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten()).train()
-    backbone[1].running_mean.normal_()
-    images = noise_bytes(10, 16)
-    before = {key: value.clone() for key, value in backbone.state_dict().items()}
-    split, data = common.Split(images, torch.arange(10)), SimpleNamespace(mean=MEAN, std=STD)
+    backbone = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten()).train()
+    split, data = common.Split(noise_bytes(10, 16), None), SimpleNamespace(mean=MEAN, std=STD)
     features = common.encode(backbone, split, hardware(), data, batch_size=3)
-    assert backbone.training
-    assert all(torch.equal(before[key], value) for key, value in backbone.state_dict().items())
+    assert backbone.training and backbone[1].running_mean.eq(0).all()
     with torch.no_grad():
-        expected = backbone.eval()(TF.normalize(images / 255, MEAN, STD))
-    close(features, expected)
+        close(features, backbone.eval()(TF.normalize(split.images / 255, MEAN, STD)))
 
 
 def test_collapse_figures_of_collapsed_features():
@@ -310,16 +264,11 @@ def test_collapse_figures_equal_their_definitions(n, width):
 # Random numbers and files
 
 
-def test_generator_depends_on_its_arguments_alone():
-    def draw(*arguments):
-        return torch.rand(8, generator=common.generator(*arguments)).tolist()
-
-    first = draw(0, "order", 1)
-    torch.manual_seed(99)
-    assert draw(0, "order", 1) == first
-    others = (1, "order", 1), (0, "augment", 1), (0, "order", 2), (1, "order", 0), (0, "order", 11)
-    drawn = [first] + [draw(*arguments) for arguments in others]
-    assert len({tuple(numbers) for numbers in drawn}) == len(drawn)
+def test_a_seed_depends_on_all_its_arguments():
+    others = (1, "order", 1), (0, "augment", 1), (0, "order", 2)
+    seeds = [common.derived_seed(*arguments) for arguments in others]
+    seed = common.generator(0, "order", 1).initial_seed()
+    assert seed == common.derived_seed(0, "order", 1) and len({seed, *seeds}) == 4
 
 
 def test_atomic_write(tmp_path, monkeypatch):
@@ -328,100 +277,65 @@ def test_atomic_write(tmp_path, monkeypatch):
         real = getattr(os, name)
         note = lambda *words, name=name, real=real: (order.append(name), real(*words))  # noqa: E731
         monkeypatch.setattr(os, name, note)
-    with common.atomic_write(path, previous) as file:
-        file.write(b"old")
-        assert not path.exists()  # no half-written file has the name
-    assert order == ["fsync", "replace"] and not previous.exists()
+    for content in b"old", b"new":
+        with common.atomic_write(path, previous) as file:
+            file.write(content)
+            assert path.exists() == (content == b"new")  # no half-written file has the name
+    assert order == ["fsync", "replace"] * 2 + ["replace"]  # named when all is on disk
     for error, raised in (ZeroDivisionError, ZeroDivisionError), (RuntimeError, common.InputError):
         # RuntimeError is how torch.save says that the disk is full
         with pytest.raises(raised), common.atomic_write(path, previous) as file:
-            file.write(b"new")
+            file.write(b"newer")
             raise error
-    assert [p.name for p in tmp_path.iterdir()] == ["file"] and path.read_bytes() == b"old"
-    order.clear()
-    with common.atomic_write(path, previous) as file:
-        file.write(b"new")
-    assert order == ["fsync", "replace", "replace"]  # both names are changed when all is on disk
-    assert (path.read_bytes(), previous.read_bytes()) == (b"new", b"old")
-    common.write_json({"a": [1, 2]}, path)
-    assert json.loads(path.read_text()) == {"a": [1, 2]} and len(list(tmp_path.iterdir())) == 2
-
-
-def flip_a_byte(path, after):
-    content = bytearray(path.read_bytes())
-    content[content.index(after) + len(after) + 50] ^= 255
-    path.write_bytes(content)
+    assert tree(tmp_path) == {path: b"new", previous: b"old"}
 
 
 def test_checksums_of_a_checkpoint(tmp_path):
     """torch.load does not look at them: it takes a file of which one byte has changed."""
-    path, value = tmp_path / "checkpoint.pt", {"weights": torch.full((99,), 1.5)}
-    torch.save(value | {"args": argparse.Namespace(lr=0.1)}, path)
+    path, weights = tmp_path / "checkpoint.pt", torch.full((99,), 1.5)
+    torch.save({"weights": weights, "args": argparse.Namespace(lr=0.1)}, path)
     whole = common.load_whole(path)
-    assert torch.equal(whole["weights"], value["weights"]) and whole["args"].lr == 0.1
-    flip_a_byte(path, value["weights"][:20].numpy().tobytes())
-    assert not torch.equal(common.load_file(path)["weights"], value["weights"])
+    assert torch.equal(whole["weights"], weights) and whole["args"].lr == 0.1
+    content = bytearray(path.read_bytes())
+    content[content.index(weights.numpy().tobytes())] ^= 255
+    path.write_bytes(content)
+    assert not torch.equal(common.load_file(path)["weights"], weights)
     with pytest.raises(common.InputError, match=r"checkpoint.pt: damaged \(.*data"):
         common.load_whole(path)
 
 
-@pytest.mark.parametrize("error", [PermissionError, MemoryError])
-def test_what_says_nothing_of_a_file_is_not_blamed_on_it(tmp_path, monkeypatch, error):
-    torch.save({}, tmp_path / "file.pt")
-    monkeypatch.setattr(torch, "load", mock.Mock(side_effect=error))
-    with pytest.raises(error):
-        common.load_file(tmp_path / "file.pt")
-
-
 # --------------------------------------------------------------------------------------------------
-# Datasets: packed files
+# Datasets: packed files, folders, and the layouts in which they are published
 
 
 def load(root, name):
     return common.load_dataset(str(root / name))
 
 
-def same(a, b):
-    assert (a.name, a.classes, a.size, a.mean, a.std) == (b.name, b.classes, b.size, b.mean, b.std)
-    for one, other in (a.train, b.train), (a.test, b.test), (a.pretrain, b.pretrain):
-        assert torch.equal(one.images, other.images) and torch.equal(one.labels, other.labels)
-
-
 @pytest.mark.parametrize("channels", [1, 3])
 def test_packed_file(tmp_path, toy, channels):
     saved = toy()
+    saved["train"]["images"][:, 2] = 0  # a black channel, whose deviation would divide by 0
     for key in "train", "test":
         saved[key]["images"] = saved[key]["images"][:, :channels].clone()
-    saved["train"]["images"][:, 1:] //= torch.tensor([3, 256]).view(2, 1, 1)[: channels - 1]
     torch.save(saved, tmp_path / "mine.pt")
     data = load(tmp_path, "mine.pt")
     assert (data.name, data.classes, data.size) == ("mine", list("abcd"), 16)
     for split, key in (data.train, "train"), (data.test, "test"), (data.pretrain, "train"):
-        assert split.in_memory and torch.equal(split.labels, saved[key]["labels"])
+        assert torch.equal(split.labels, saved[key]["labels"])
         assert torch.equal(split.images, saved[key]["images"].expand(-1, 3, -1, -1))
     values = data.train.images.numpy().astype(np.float64) / 255
     np.testing.assert_allclose(data.mean, values.mean((0, 2, 3)), rtol=1e-12)
-    deviation = values.std((0, 2, 3)).clip(1 / 255)  # a black channel is not divided by 0
-    np.testing.assert_allclose(data.std, deviation, rtol=1e-12)
+    np.testing.assert_allclose(data.std, values.std((0, 2, 3)).clip(1 / 255), rtol=1e-12)
 
 
-def test_packed_file_of_a_known_name_comes_before_its_folder(tmp_path, toy):
-    torch.save(toy(), tmp_path / "tiny_imagenet.pt")
-    save_pets(tmp_path / "tiny_imagenet", [(8, 8)])
-    data = common.load_dataset("tiny_imagenet", tmp_path)
-    assert (data.name, data.classes) == ("tiny_imagenet", list("abcd"))
-
-
-@pytest.mark.parametrize("labels", [{}, {"labels": torch.full((7,), -1)}])
-def test_unlabeled_images_are_for_pretraining_only(tmp_path, toy, labels):
-    saved = toy() | {"unlabeled": {"images": noise_bytes(7, 16), **labels}}
+def test_unlabeled_images_are_for_pretraining_only(tmp_path, toy):
+    saved = toy() | {"unlabeled": {"images": noise_bytes(7, 16)}}
     torch.save(saved, tmp_path / "more.pt")
     loaded = load(tmp_path, "more.pt")
+    both = torch.cat([saved["train"]["images"], saved["unlabeled"]["images"]])
     for data in loaded, loaded.to("cpu"):
-        assert (len(data.train), len(data.pretrain), len(data.test)) == (64, 71, 32)
-        assert torch.equal(data.train.images, saved["train"]["images"])
-        expected = torch.cat([saved["train"]["images"], saved["unlabeled"]["images"]])
-        assert torch.equal(data.pretrain.images, expected)
+        assert torch.equal(data.pretrain.images, both) and torch.equal(data.train.images, both[:64])
         assert data.pretrain.labels[64:].eq(-1).all() and data.train.labels.ge(0).all()
 
 
@@ -433,92 +347,75 @@ def test_spread_takes_every_class_of_a_sorted_split(images):
     assert [len(split.spread(count)) for count in (7, 0, 40, 99)] == [7, 40, 40, 40]
 
 
-@pytest.mark.parametrize("name", sorted(set(common.DATASETS) - {"shapes"}))
-def test_note_where_a_dataset_does_not_look_like_itself(tmp_path, capsys, name):
-    path, (right_classes, right_side) = tmp_path / f"{name}.pt", common.DATASETS[name]
-    for fewer, larger in (0, 0), (6, 0), (0, 2):
-        classes, side = right_classes - fewer, right_side + larger
-        split = {"images": noise_bytes(3, side), "labels": torch.arange(3)}
-        torch.save({"train": split, "classes": [str(i) for i in range(classes)]}, path)
-        common.load_dataset(name, tmp_path)
-        note = f"note: {path} has {classes} classes and a side of {side}, "
-        note += f"{name} has {right_classes} and {right_side}: is it that dataset?\n"
-        assert capsys.readouterr().out == (note if fewer or larger else "")
-        load(tmp_path, path.name)  # by its path it claims no name
-        assert capsys.readouterr().out == ""
-
-
-# --------------------------------------------------------------------------------------------------
-# Folders, and the layouts in which datasets are published
+@pytest.mark.parametrize("fewer, larger", [(0, 0), (6, 0), (0, 2)])
+def test_note_where_a_dataset_does_not_look_like_itself(tmp_path, capsys, fewer, larger):
+    path, classes, side = tmp_path / "cifar10.pt", 10 - fewer, 32 + larger
+    (tmp_path / "cifar10" / "train").mkdir(parents=True)  # the packed file comes before a folder
+    split = {"images": noise_bytes(3, side), "labels": torch.arange(3)}
+    torch.save({"train": split, "classes": [str(i) for i in range(classes)]}, path)
+    load(tmp_path, path.name)  # by its path it claims no name
+    common.load_dataset("cifar10", tmp_path)
+    note = f"note: {path} has {classes} classes and a side of {side}, "
+    note += "cifar10 has 10 and 32: is it that dataset?\n"
+    assert capsys.readouterr().out == (note if fewer or larger else "")
 
 
 def save_image(path, pixels):
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(path)
+    TF.to_pil_image(pixels).save(path)
 
 
-def save_folder(root, sizes, split, inside=""):
-    """PNG images in ImageFolder layout, one per size in each class: {(split, class): [pixels]}."""
-    held = {(split, "cat"): [], (split, "dog"): []}
-    for (_, name), (i, size) in itertools.product(held, enumerate(sizes)):
-        seed = zlib.crc32(f"{split} {name} {i}".encode())
-        held[split, name] += noise_bytes(1, *size, seed=seed)
-        save_image(root / split / name / inside / f"{i}.png", held[split, name][-1])
+def save_folder(root, split, sizes, inside=""):
+    """PNG images in ImageFolder layout, one per size in each class. Returns their pixels."""
+    held = []
+    for name, (i, size) in itertools.product(("cat", "dog"), enumerate(sizes)):
+        held += noise_bytes(1, *size, seed=zlib.crc32(f"{split} {name} {i}".encode()))
+        save_image(root / split / name / inside / f"{i}.png", held[-1])
     (root / split / "cat" / inside / "notes.txt").write_text("not an image")
     return held
 
 
 def save_pets(root, sizes):
-    save_folder(root, sizes, "train")
-    save_folder(root, sizes, "test")
+    save_folder(root, "train", sizes)
+    save_folder(root, "test", sizes)
 
 
-@pytest.mark.parametrize("inside", ["", "images", "a/b"])
 @pytest.mark.parametrize(
-    "folders, test, notes",
+    "folders, hidden, test",
     [
-        (["test"], "test", 0),
-        (["val"], "val", 0),
-        (["val", "test"], "test", 0),
-        (["val", "hidden"], "val", 1),  # as ImageNet's, whose test labels nobody has
-        ([], None, 0),
+        (["test"], False, "test"),
+        (["val"], False, "val"),
+        (["val", "test"], False, "test"),
+        (["val"], True, "val"),  # as ImageNet's, whose test labels nobody has
+        ([], False, None),
     ],
 )
-def test_folder_of_equal_sizes_is_held_in_memory(tmp_path, capsys, folders, test, notes, inside):
-    root, held = tmp_path / "pets", save_folder(tmp_path / "pets", [(12, 16)] * 3, "train", inside)
-    for name in {*folders} - {"hidden"}:
-        held |= save_folder(root, [(12, 16)] * 2, name, inside)
-    if "hidden" in folders:
-        save_image(root / "test" / "0.png", noise_bytes(1, 12, 16)[0])
+def test_folder_of_equal_sizes_is_held_in_memory(tmp_path, capsys, folders, hidden, test):
+    root, sizes = tmp_path / "pets", [(12, 16)] * 3
+    held = {name: save_folder(root, name, sizes, inside="a/b") for name in ["train", *folders]}
+    if hidden:
+        save_image(root / "test" / "0.png", noise_bytes(1, 12)[0])
     data = load(tmp_path, "pets")
     assert (data.name, data.classes, data.size) == ("pets", ["cat", "dog"], 12)
+    assert torch.equal(data.train.images, torch.stack(held["train"]))
+    assert data.train.labels.tolist() == [0, 0, 0, 1, 1, 1]
     assert (data.test is None) == (test is None) and (data.to("cpu").test is None) == (test is None)
-    for split, name in (data.train, "train"), (data.test, test), (data.pretrain, "train"):
-        expected = held.get((name, "cat"), []) + held.get((name, "dog"), [])
-        if expected:
-            assert split.in_memory and torch.equal(split.images, torch.stack(expected))
-            assert split.labels.tolist() == sorted([0, 1] * (len(expected) // 2))
-    values = data.train.images.numpy().astype(np.float64) / 255
-    np.testing.assert_allclose(data.mean, values.mean((0, 2, 3)), rtol=1e-12)
+    if test:
+        assert torch.equal(data.test.images, torch.stack(held[test]))
     note = f"note: {root}/test has no folders of classes: {root}/val is taken\n"
-    assert capsys.readouterr().out == note * notes
+    assert capsys.readouterr().out == note * hidden
 
 
-@pytest.mark.parametrize("name", ["pets", "imagenet", "imagenette"])
-def test_folder_of_mixed_sizes_is_streamed(tmp_path, capsys, name):
+@pytest.mark.parametrize("name, side", [("pets", 224), ("imagenette", 160)])
+def test_folder_of_mixed_sizes_is_streamed(tmp_path, capsys, name, side):
     """Of a name of the table it has that size; the classes are compared."""
-    save_pets(tmp_path / name, [(40, 60), (50, 50), (64, 40)])
+    save_pets(tmp_path / name, MIXED)
     known = name in common.DATASETS
     data = common.load_dataset(name if known else str(tmp_path / name), tmp_path)
-    classes, side = common.DATASETS.get(name, (2, 224))
     assert (data.name, data.size, data.classes) == (name, side, ["cat", "dog"])
-    assert (data.mean, data.std) == (common.IMAGENET_MEAN, common.IMAGENET_STD)
-    assert not data.train.in_memory and data.train.labels.tolist() == [0, 0, 0, 1, 1, 1]
+    assert data.to("cpu").train.labels.tolist() == [0, 0, 0, 1, 1, 1]
     assert [path.name for path in data.train.images] == ["0.png", "1.png", "2.png"] * 2
-    assert len(data.to("cpu").pretrain) == 6
-    note = f"note: {tmp_path / name} has 2 classes and a side of {side}, {name} has {classes} and "
-    note += f"{side}: is it that dataset?\n"
-    assert capsys.readouterr().out == note * known
+    assert ("has 2 classes" in capsys.readouterr().out) == known
     assert [path.name for path in tmp_path.iterdir()] == [name]  # it is not packed
 
 
@@ -530,82 +427,68 @@ def test_only_so_many_bytes_are_held_in_memory(tmp_path, monkeypatch):
 
 
 # Some val images are named before others, and classes come in no order, as in the real file.
-VAL = {"val_3": "n02", "val_0": "n03", "val_10": "n01", "val_1": "n03"}
+VAL = {"val_3.png": "n02", "val_0.png": "n03", "val_10.png": "n01", "val_1.png": "n03"}
 
 
-def save_flat(path, tone, mode="RGB"):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("L", (16, 16), tone).convert(mode).save(path, "JPEG")
-
-
-def save_tiny(root, folder="tiny-imagenet-200"):
+def save_tiny(root):
     """tiny-imagenet-200 as it is unpacked, but small; class n01 has the gray value 30, n02 60, ...
     Some of its images have one channel."""
-    folder = root / folder
-    for wnid in "n03", "n01", "n02":
-        for mode in "RGB", "L":
-            save_flat(folder / "train" / wnid / "images" / f"{mode}.JPEG", 30 * int(wnid[1:]), mode)
-        (folder / "train" / wnid / f"{wnid}_boxes.txt").write_text("RGB.JPEG\t0\t10\t63\t58\n")
+
+    def save(file, wnid, channels=3):
+        tone = torch.full((channels, 16, 16), 30 * int(wnid[1:]), dtype=torch.uint8)
+        save_image(root / "tiny-imagenet-200" / file, tone)
+
+    for wnid, channels in itertools.product(("n03", "n01", "n02"), (1, 3)):
+        save(f"train/{wnid}/images/{channels}.png", wnid, channels)
     for name, wnid in VAL.items():
-        save_flat(folder / "val" / "images" / f"{name}.JPEG", 30 * int(wnid[1:]))
-    rows = [f"{name}.JPEG\t{wnid}\t0\t32\t44\t62\n" for name, wnid in VAL.items()]
-    (folder / "val" / "val_annotations.txt").write_text("".join(rows))
-    save_flat(folder / "test" / "images" / "test_0.JPEG", 0)
-    return folder
+        save(f"val/images/{name}", wnid)
+    save("test/images/test_0.png", "n01")
+    table = root / "tiny-imagenet-200" / "val" / "val_annotations.txt"
+    table.write_text("".join(f"{name}\t{wnid}\t0\t32\t44\t62\n" for name, wnid in VAL.items()))
+    return table
 
 
-@pytest.mark.parametrize("folder", ["tiny-imagenet-200", "tiny_imagenet"])
-def test_tiny_imagenet(tmp_path, folder):
-    save_tiny(tmp_path, folder)
+def test_tiny_imagenet(tmp_path):
+    save_tiny(tmp_path)
     data = common.load_dataset("tiny_imagenet", tmp_path)
     assert (data.name, data.classes, data.size) == ("tiny_imagenet", ["n01", "n02", "n03"], 16)
     assert data.train.labels.tolist() == [0, 0, 1, 1, 2, 2]
     assert sorted(data.test.labels.tolist()) == [0, 1, 2, 2]
     for split in data.train, data.test:
-        assert split.images.shape[1:] == (3, 16, 16)
         tones = 30 * (split.labels + 1).view(-1, 1, 1, 1)
-        assert (split.images.int() - tones).abs().max() <= 1  # as JPEG rounds
+        assert torch.equal(split.images.long(), tones.expand(-1, 3, 16, 16))
 
 
 LABELS = {"train_data_batch_10": [5, 1000], "train_data_batch_2": [1, 999, 7], "val_data": [1000]}
 
 
-def pixels_of(label):
-    """Noise [3, 64, 64] that is the same for the same label."""
-    return np.random.default_rng(label).integers(0, 256, (3, 64, 64), dtype=np.uint8)
+def pixels_of(labels):
+    """Noise [N, 3, 64, 64], of which each label has its own."""
+    return torch.cat([noise_bytes(1, 64, seed=label) for label in labels])
 
 
-def save_imagenet64(root, save=np.savez, dtype="int64"):
-    """Real npz files, with the mean image that is in the published ones."""
+def save_imagenet64(root):
     folder = root / "imagenet64"
     folder.mkdir()
     for name, labels in LABELS.items():
-        data = np.stack([pixels_of(label).ravel() for label in labels])
-        arrays = {"data": data, "labels": np.array(labels, dtype), "mean": data.mean(0)}
-        save(folder / f"{name}.npz", **arrays)
+        arrays = {"data": pixels_of(labels).flatten(1).numpy(), "labels": np.array(labels, ">i4")}
+        np.savez(folder / f"{name}.npz", **arrays)
     return folder
 
 
-@pytest.mark.parametrize("dtype", ["int64", "uint16", ">i4"])
-@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
-def test_imagenet64_is_packed_once(tmp_path, save, dtype):
-    folder = save_imagenet64(tmp_path, save, dtype)
+def test_imagenet64(tmp_path):
+    save_imagenet64(tmp_path)
     data = common.load_dataset("imagenet64", tmp_path)
-    assert (data.name, data.size) == ("imagenet64", 64)
-    assert data.classes == [str(i) for i in range(1, 1001)]
+    assert (data.name, data.size, len(data.classes)) == ("imagenet64", 64, 1000)
     for split, labels in (data.train, [1, 999, 7, 5, 1000]), (data.test, [1000]):
         assert [data.classes[i] for i in split.labels] == [str(label) for label in labels]
-        expected = np.stack([pixels_of(label) for label in labels])
-        np.testing.assert_array_equal(split.images.numpy(), expected)
-    assert {path.name for path in tmp_path.iterdir()} == {"imagenet64", "imagenet64.pt"}
-    shutil.rmtree(folder)
-    same(data, common.load_dataset("imagenet64", tmp_path))
+        assert torch.equal(split.images, pixels_of(labels))
 
 
 class Pictures(list):
     """What torchvision would download: seven pictures of a split and their labels."""
 
-    classes = ["cat", "dog"]
+    classes, mode, side = ["cat", "dog"], "RGB", 8
 
     def __init__(self, root, train=True, *_, split=None, download=False):
         assert download and root
@@ -627,31 +510,27 @@ class Pictures(list):
     ],
 )
 def test_download_is_packed_once(tmp_path, monkeypatch, name, kind, attributes):
-    source = type(kind, (Pictures,), {"mode": "RGB", "side": 8} | attributes)
+    source = type(kind, (Pictures,), attributes)
     monkeypatch.setattr(torchvision.datasets, kind, source)
-    data = common.load_dataset(name, tmp_path / "data")
+    first = common.load_dataset(name, tmp_path / "data")
     assert [path.name for path in (tmp_path / "data").iterdir()] == [f"{name}.pt"]
     monkeypatch.setattr(torchvision.datasets, kind, None)
-    same(data, common.load_dataset(name, tmp_path / "data"))  # read, not downloaded
+    again = common.load_dataset(name, tmp_path / "data")  # read, not downloaded
     crop = slice(5, 165) if name == "imagenette" else slice(None)  # the central 160 of 170
-    for key in "train", "test":
+    for data, key in itertools.product((first, again), ("train", "test")):
         pictures = source("root", split=key, download=True)
         pixels = [TF.pil_to_tensor(picture.convert("RGB")) for picture, _ in pictures]
         assert torch.equal(getattr(data, key).images, torch.stack(pixels)[..., crop, crop])
         assert getattr(data, key).labels.tolist() == [0, 1, 0, 1, 0, 1, 0]
-    assert data.classes == ["cat", "dog"]
-    assert len(data.train) == 7 and len(data.pretrain) == (14 if name == "stl10" else 7)
-
-
-LABELLED_WRONG = {"mode": "L", "side": 8, "classes": ["cat"]}
+        assert data.classes == ["cat", "dog"]
+        assert len(data.pretrain) == (14 if name == "stl10" else 7)
 
 
 @pytest.mark.parametrize(
     "download, message",
     [
-        (mock.Mock(side_effect=OSError("no route")), r"cifar10: the download failed \(no route\)"),
-        (mock.Mock(side_effect=OSError("no\nroute")), "cifar10: the download failed .*cifar10.pt$"),
-        (type("Wrong", (Pictures,), LABELLED_WRONG), "cifar10.pt: train labels run from 0 to 1,"),
+        (mock.Mock(side_effect=OSError("no\nroute")), r"download failed \(no route\).*cifar10.pt$"),
+        (type("Wrong", (Pictures,), {"classes": ["cat"]}), "pt: train labels run from 0 to 1"),
     ],
 )
 def test_failed_download_leaves_nothing(tmp_path, monkeypatch, download, message):
@@ -665,15 +544,11 @@ def test_shapes():
     """Pictures all different, drawn anew alike, whose class is in what is drawn and little in the
     mean color."""
     train, test = common.shapes(510, "train"), common.shapes(200, "test")  # in parts of 500
-    for split, count in (train, 51), (test, 20):
-        assert split["images"].shape[1:] == (3, 32, 32) and split["images"].dtype == torch.uint8
-        assert split["labels"].dtype == torch.int64
-        assert split["labels"].bincount().tolist() == [count] * 10
-    assert len(set(common.SHAPES)) == 10
-    again = common.shapes(200, "test")
-    assert all(torch.equal(test[key], again[key]) for key in test)
+    assert train["labels"].bincount().tolist() == [51] * 10
+    assert torch.equal(test["images"], common.shapes(200, "test")["images"])
     both = torch.cat([train["images"], test["images"]])
-    assert len({image.numpy().tobytes() for image in both}) == 710
+    assert both.shape == (710, 3, 32, 32) and both.dtype == torch.uint8
+    assert len(both.flatten(1).unique(dim=0)) == 710
 
     def neighbours(features):  # the share of the test images whose nearest one has their class
         distance = torch.cdist(features[510:], features[:510])
@@ -689,7 +564,7 @@ def test_shapes():
 
 @pytest.fixture
 def streamed(tmp_path):
-    save_pets(tmp_path / "pets", [(40, 60), (50, 50), (64, 40)])
+    save_pets(tmp_path / "pets", MIXED)
     return load(tmp_path, "pets").train
 
 
@@ -700,7 +575,6 @@ def test_decode_for_evaluation(streamed):
     assert [images.shape for images, _ in batches] == [(4, 1, 3, 32, 32), (2, 1, 3, 32, 32)]
     assert torch.cat([labels for _, labels in batches]).tolist() == [0, 0, 0, 1, 1, 1]
     images = torch.cat([images for images, _ in batches])[:, 0]
-    assert images.dtype == torch.uint8
     for path, image in zip(streamed.images, images, strict=True):
         original = Image.open(path)
         shorter = min(original.size)  # 7/8 of it, but at least what is asked for
@@ -718,17 +592,14 @@ def crops_by_image(split, seed, epoch, workers, batch_size=2):
     split = common.Split(split.images, torch.arange(len(split)))
     args = hardware(seed=seed, workers=workers, batch_size=batch_size)
     batches = list(common.training_batches(split, epoch, args, common.symmetric(2, crop_min=0.2)))
-    assert all(images.shape == (batch_size, 2, 3, 16, 16) for images, _ in batches)
     labels = torch.cat([labels for _, labels in batches])
     return torch.cat([images for images, _ in batches])[labels.argsort()]
 
 
 def test_streamed_crops_depend_on_seed_epoch_and_image_only(streamed):
     crops = crops_by_image(streamed, seed=0, epoch=1, workers=0)
-    assert crops.shape == (6, 2, 3, 16, 16) and crops.dtype == torch.uint8
     torch.manual_seed(99)
-    assert torch.equal(crops_by_image(streamed, 0, 1, workers=0, batch_size=3), crops)
-    assert torch.equal(crops_by_image(streamed, 0, 1, workers=2), crops)
+    assert torch.equal(crops_by_image(streamed, 0, 1, workers=2, batch_size=3), crops)
     for seed, epoch in (1, 1), (0, 2):
         other = crops_by_image(streamed, seed, epoch, workers=0)
         assert all(not torch.equal(a, b) for a, b in zip(crops, other, strict=True))
@@ -755,26 +626,27 @@ def test_training_batches_in_memory():
     assert labels(1) == first
     assert [labels(1, skip) for skip in (1, 2)] == [first[1:], []]  # where a stopped run goes on
     assert labels(2) != first and labels(1, seed=1) != first
-    assert [len(batch) for batch in labels(1, batch_size=11)] == [11]
-    assert len(labels(1, batch_size=2)) == 5
+
+
+@pytest.mark.gpu
+def test_streamed_batches_reach_the_gpu(streamed):
+    torch.zeros(1).cuda()  # worker processes that are forked now cannot use CUDA themselves
+    split, recipes = streamed.to("cuda"), common.symmetric()
+    batches = list(common.training_batches(split, 1, hardware(device="cuda", workers=2), recipes))
+    assert len(batches) == 1 and batches[0][0].is_cuda and batches[0][1].is_cuda
 
 
 # --------------------------------------------------------------------------------------------------
 # Command line
 
 
-class Captured(Exception):
-    pass
-
-
 def flags_of(method):
     """A script's parser, its presets and the names of their variants."""
     module = importlib.import_module(method)
-    with mock.patch.object(common, "parse_args", side_effect=Captured) as caught:
-        with pytest.raises(Captured):
+    with mock.patch.object(common, "parse_args", side_effect=SystemExit) as caught:
+        with pytest.raises(SystemExit):
             module.main()
     parser, presets, *variants = caught.call_args.args
-    assert presets is module.PRESETS
     return parser, presets, variants
 
 
@@ -782,7 +654,6 @@ def flags_of(method):
     "argv, keys, values",
     [
         ("", "default", (1, 1, 0)),
-        ("--dataset pets", "default + pets", (1, 4, 4)),
         ("--dataset pets --method b", "default + pets + b + pets b", (5, 2, 4)),
         ("--dataset x/pets.pt --alone", "default + pets + alone", (1, 4, 3)),
         ("--method=b --alone --lr 9", "default + b + alone", (9, 2, 3)),
@@ -790,8 +661,6 @@ def flags_of(method):
     ],
 )
 def test_presets_are_laid_over_each_other(argv, keys, values, capsys):
-    """The dataset's over the default, a variant's over it, both together over all, and over that
-    what is typed."""
     parser = common.Parser("A script.")
     parser.add_argument("--dataset", default="cifar10")
     parser.add_argument("--method", default="a")
@@ -807,7 +676,7 @@ def test_presets_are_laid_over_each_other(argv, keys, values, capsys):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_presets_say_what_has_no_default_and_could_be_typed(method):
+def test_presets_say_what_has_no_default_and_name_what_there_is(method):
     parser, presets, variants = flags_of(method)
     needed = {"batch_size", "optimizer", "lr", "weight_decay"}
     assert needed <= presets["default"].keys()
@@ -816,34 +685,27 @@ def test_presets_say_what_has_no_default_and_could_be_typed(method):
     words = {word for flag in variants for word in flags[flag].choices or [flag]}
     pairs = {f"{name} {word}" for name in common.DATASETS for word in words}
     assert presets.keys() <= {"default", *common.DATASETS, *words, *pairs}
-    for preset in presets.values():
-        for name, value in preset.items():
-            typed = [flags[name].option_strings[0], str(value)]
-            if value in (True, False) and flags[name].nargs == 0:  # a switch: --flag, --no-flag
-                typed = [flags[name].option_strings[not value]]
-            assert getattr(parser.parse_args(typed), name) == value
+    assert all(preset.keys() <= flags.keys() for preset in presets.values())
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("dataset", ["cifar10", "shapes"])
-def test_help_prints_what_will_be_used(method, dataset, monkeypatch, capsys):
-    presets = importlib.import_module(method).PRESETS
-    monkeypatch.setattr(sys, "argv", [f"{method}.py", "--dataset", dataset, "--help"])
+def test_help_prints_what_will_be_used(method, monkeypatch, capsys):
+    parser, presets, variants = flags_of(method)
     monkeypatch.setenv("COLUMNS", "1000")
-    with pytest.raises(SystemExit) as stop:
-        importlib.import_module(method).main()
-    assert stop.value.code == 0
+    with pytest.raises(SystemExit):
+        common.parse_args(parser, presets, *variants, argv=["--dataset", "shapes", "--help"])
     lines = {line.split()[0]: line for line in capsys.readouterr().out.split("\n  --")[1:]}
-    for name, value in (presets["default"] | presets[dataset]).items():
+    for name, value in (presets["default"] | presets["shapes"]).items():
         assert lines[name.replace("_", "-")].rstrip().endswith(f"(default: {value})")
 
 
 def prepared(toy_file, words=""):
-    """What `prepare` leaves, for simclr's flags."""
+    """The arguments as `prepare` leaves them, for simclr's flags."""
     parser, presets, _ = flags_of("simclr")
     argv = ["--dataset", str(toy_file), "--batch-size", "16", "--device", "cpu", *words.split()]
     args = common.parse_args(parser, presets, argv=argv)
-    return common.prepare(args, "simclr"), args
+    common.prepare(args, "simclr")
+    return args
 
 
 @pytest.mark.parametrize(
@@ -853,22 +715,18 @@ def prepared(toy_file, words=""):
         ("", {"image_size": 16, "stem": "small", "out": "runs/simclr_toy_resnet18"}),
         ("--arch resnet50 --seed 3", {"out": "runs/simclr_toy_resnet50", "seed": 3}),
         ("--image-size 65", {"image_size": 65, "stem": "imagenet"}),
-        ("--image-size 65 --stem small", {"stem": "small"}),
         ("--lr 0.8", {"scaled_lr": 0.05}),  # times 16 / 256
         ("--lr 0.8 --lr-scaling sqrt", {"scaled_lr": 0.2}),
         ("--lr 0.8 --lr-scaling none", {"scaled_lr": 0.8}),
-        ("--increase-mi rc", {"mi_weight": 1.0}),
         ("--increase-mi mib", {"mi_weight": 5e-4}),
         ("--increase-mi mib --mi-weight 0", {"mi_weight": 0}),
         ("--epochs 40", {"warmup_epochs": 4}),  # a warm-up is meant for a long run
         ("--epochs 40 --warmup-epochs 10", {"warmup_epochs": 10}),
-        ("--epochs 40 --warmup-epochs=7", {"warmup_epochs": 7}),
     ],
 )
 def test_prepare_fills_in_what_follows(toy_file, words, expected):
-    data, args = prepared(toy_file, words)
+    args = prepared(toy_file, words)
     assert {name: getattr(args, name) for name in expected} == pytest.approx(expected)
-    assert len(data.train) == 64
     first = torch.rand(3)
     assert torch.equal(first, torch.rand(3, generator=rng(args.seed)))  # the initial weights'
 
@@ -884,25 +742,16 @@ class Opens:
         return open, ("ran", "w")
 
 
-def tree(folder):
-    """Every file below a folder, with what is in it."""
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+def given(value, root, toy):
+    """A file with this value."""
+    torch.save(value, root / "mine.pt")
+    return root / "mine.pt"
 
 
-def given(content, root, toy):
-    """A file of these bytes, or with this value."""
-    path = root / "mine.pt"
-    path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
-    return path
-
-
-def packed(place, change, root, toy):
-    """A packed file whose value at a place is changed, by a function of it perhaps."""
-    value = inner = toy()
-    *outer, last = place.split()
-    for key in outer:
-        inner = inner[key]
-    inner[last] = change(inner[last]) if callable(change) else change
+def packed(split, key, change, root, toy):
+    """A packed file of whose images or labels `change` makes others."""
+    value = toy()
+    value[split][key] = change(value[split][key])
     return given(value, root, toy)
 
 
@@ -915,80 +764,49 @@ def pets(change, root, toy):
 
 def tiny(old, new, root, toy):
     """Tiny ImageNet with something else in its table."""
-    path = save_tiny(root) / "val" / "val_annotations.txt"
-    assert old in path.read_text()
-    path.write_bytes(path.read_text().replace(old, new).encode("latin-1"))
+    table = save_tiny(root)
+    table.write_text(table.read_text().replace(old, new))
     return "tiny_imagenet"
 
 
 def npz(change, root, toy):
-    """ImageNet64 with other arrays in its second training file, or changed by its path."""
+    """ImageNet64 with other arrays in its second training file."""
     path = save_imagenet64(root) / "train_data_batch_10.npz"
-    if callable(change):
-        change(path)
-    else:
-        held = dict(np.load(path)) | change
-        np.savez(path, **{key: value for key, value in held.items() if value is not None})
+    np.savez(path, **dict(np.load(path)) | change)
     return "imagenet64"
 
 
-BATCH_10, IMAGE = "train_data_batch_10.npz: not a readable file", "train/dog/1.png"
 of = functools.partial
 REFUSED = [  # what is loaded, or what is typed after simclr.py
     (of(given, {"a": Opens()}), "mine.pt: .* holds .*open, which is no plain value; nothing was"),
-    (of(given, b"hello"), "mine.pt: not a file that torch.load"),
-    (of(given, b""), "mine.pt: not a file that torch.load"),
     ("nothing.pt", "nothing.pt: no such file"),
     ("cifar11", "'cifar11' is none of cifar10, cifar100, .* nor a folder, nor a .pt file"),
-    (of(given, [1]), "mine.pt: not a packed dataset"),
-    (of(packed, "train", None), "mine.pt: not a packed dataset: expected a dict"),
-    (of(packed, "classes", []), "mine.pt: classes should be a list"),
-    (of(packed, "train images", torch.Tensor.float), "mine.pt: train images should be a uint8"),
-    (of(packed, "train images", lambda x: x[:, 0]), "mine.pt: train images should be a uint8"),
-    (of(packed, "train images", lambda x: x[:, :2]), r"train images .* \[N, 1 or 3, H, W\]"),
-    (of(packed, "train images", lambda x: x[:0]), "train images .* N > 0"),
-    (of(packed, "train labels", None), "train labels should be an int64 tensor .* N = 64"),
-    (of(packed, "train labels", torch.Tensor.int), "train labels should be an int64"),
-    (of(packed, "test labels", lambda y: y[:31]), "test labels should be an int64 .* N = 32"),
-    (of(packed, "train labels", lambda y: y + 1), "train labels run from 1 to 4, but .* 4 cl"),
-    (of(packed, "test labels", lambda y: y - 1), "test labels run from -1 to 2, but .* 4 cla"),
-    (of(packed, "test images", lambda x: x[..., :15]), r"different sizes: \[\(16, 15\), \(16"),
-    (of(packed, "unlabeled", {"images": noise_bytes(2, 8)}), r"different sizes: \[\(8, 8\), \(16"),
-    (of(packed, "unlabeled", {"images": None}), "unlabeled images should be a uint8"),
+    (of(given, {"train": None}), "mine.pt: not a packed dataset: expected a dict"),
+    (of(given, {"train": {}}), "mine.pt: classes should be a list"),
+    (of(packed, "train", "images", torch.Tensor.float), "train images should be a uint8"),
+    (of(packed, "train", "images", lambda x: x[:, :2]), r"train images .* \[N, 1 or 3, H, W\]"),
+    (of(packed, "train", "images", lambda x: x[:0]), "train images .* N > 0"),
+    (of(packed, "train", "labels", torch.Tensor.int), "train labels should be an int64"),
+    (of(packed, "test", "labels", lambda y: y[:31]), "test labels should be .* N = 32"),
+    (of(packed, "train", "labels", lambda y: y + 1), "train labels run from 1 to 4, .* 4 classes"),
+    (of(packed, "test", "images", lambda x: x[..., 1:]), r"different sizes: \[\(16, 15\), \(16"),
     (of(pets, lambda f: shutil.rmtree(f / "train")), "pets: no folder train/; expected train/CL"),
-    (of(pets, lambda f: [p.unlink() for p in f.rglob("*.png")]), "pets/train: no images"),
-    (of(pets, lambda f: (f / IMAGE).write_bytes(b"no")), f"{IMAGE}: not a readable image"),
-    (of(pets, lambda f: (f / IMAGE).write_bytes((f / IMAGE).read_bytes()[:99])), f"{IMAGE}: not a"),
-    (of(pets, lambda f: (f / "test" / "dog").rename(f / "test" / "cow")), "test has 1 .*: cow$"),
-    (of(pets, lambda f: shutil.rmtree(f / "test") or (f / "val").mkdir()), "pets/val: no images"),
+    (of(pets, lambda f: os.truncate(f / "train/dog/1.png", 99)), "dog/1.png: not a readable image"),
+    (of(pets, lambda f: (f / "test/dog").rename(f / "test/cow")), "test has 1 .*: cow$"),
     (of(pets, lambda f: shutil.rmtree(f / "test") or (f / "test").mkdir()), "pets/test: no images"),
     ("tiny_imagenet", "unpack http://cs231n.stanford.edu/.* as .*/tiny-imagenet-200$"),
     (of(tiny, "n02", "n99"), "val_annotations.txt: not a readable table .*n99"),
-    (of(tiny, "val_10.JPEG", "val_77.JPEG"), "annotations.txt: .* differ in 2 files.*val_10.JPEG"),
-    (of(tiny, "val_3.JPEG", "../../train/n02/images/L.JPEG"), "annotations.txt: .* in 2 files"),
-    (of(tiny, "val_0.JPEG\tn03\t0\t32\t44\t62\n", ""), "annotations.txt: .* 1 files.*val_0.JPEG"),
-    (of(tiny, "val_0", "val_\xff"), "val_annotations.txt: not a readable table"),
+    (of(tiny, "val_10.png", "val_77.png"), "annotations.txt: .* differ in 2 files.*val_10.png"),
     ("imagenet64", "put its train_data_batch_1.npz, .* and val_data.npz in .*/imagenet64$"),
-    (of(npz, {"data": None}), BATCH_10),
-    (of(npz, {"data": np.zeros((2, 3072), np.uint8)}), BATCH_10),
+    (lambda root, _: (root / "imagenet64").mkdir() or "imagenet64", "no train_data_batch_1.npz"),
     (of(npz, {"data": np.zeros((2, 12288))}), "batch_10.npz: data is float64, not uint8"),
     (of(npz, {"labels": np.array([0, 5])}), "train labels run from -1 to 998, but .* 1000 classes"),
-    (of(npz, {"labels": np.array([1, 1001])}), "train labels run from 0 to 1000, but"),
-    (of(npz, {"labels": np.array([1, None])}), BATCH_10),  # a pickle, which could run code
-    (of(npz, lambda path: path.write_bytes(b"<html>")), BATCH_10),
-    (of(npz, lambda path: path.write_bytes(path.read_bytes()[:-200])), BATCH_10),
-    (of(npz, lambda path: flip_a_byte(path, b"NUMPY")), BATCH_10),
-    (of(npz, lambda p: p.with_name("val_data.npz").unlink()), "val_data.npz: not a readable"),
-    (of(npz, lambda p: [q.unlink() for q in p.parent.glob("train*")]), "no train_data_batch_1"),
+    (of(npz, {"labels": np.array([1, None])}), "batch_10.npz: .*pickle"),  # which could run code
     ("imagenet100", "unpack it as .*/imagenet100/train/CLASS/.* at .*/imagenet100.pt$"),
     ("--epoch 1", "unrecognized arguments: --epoch 1"),  # which could come to mean another flag
-    ("--epochs 0", "--epochs: 0 is out of range, expected a number from 1"),
-    ("--epochs 1.5", "--epochs: invalid int value: '1.5'"),
-    ("--lr 0", "--lr: 0 is out of range, expected a number of at least 1e-09"),
-    ("--lr nan", "--lr: nan is out of range"),
+    ("--lr nan", "--lr: nan is out of range, expected a number of at least 1e-09"),
     ("--lr inf", "--lr: inf is out of range"),
     ("--momentum 1.1", "--momentum: 1.1 is out of range, expected a number from 0 to 1"),
-    ("--optimizer sdg", "--optimizer: invalid choice: 'sdg'"),
     ("--batch-size 65", "--batch-size 65 exceeds the 64 training images"),
     ("--warmup-epochs 9 --epochs 8", "--warmup-epochs 9 exceeds --epochs 8"),
     ("--mi-weight 1", "--mi-weight needs --increase-mi"),
@@ -1008,36 +826,3 @@ def test_refused(tmp_path, monkeypatch, toy, toy_file, spoiled, message):
             common.load_dataset(name, tmp_path)
     assert re.search(message, str(error.value)) and "\n" not in str(error.value)
     assert tree(tmp_path) == before  # nothing was written, nor run
-
-
-# --------------------------------------------------------------------------------------------------
-# On a GPU
-
-
-@pytest.mark.gpu
-def test_streamed_batches_reach_the_gpu(streamed):
-    torch.zeros(1).cuda()  # worker processes that are forked now cannot use CUDA themselves
-    split, recipes = streamed.to("cuda"), common.symmetric()
-    batches = list(common.training_batches(split, 1, hardware(device="cuda", workers=2), recipes))
-    assert len(batches) == 1 and batches[0][0].is_cuda and batches[0][1].is_cuda
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("name", common.OPTIMIZERS)
-def test_a_bf16_step_on_the_gpu_moves_every_weight(name):
-    from simclr import SimCLR
-
-    model = SimCLR(common.resnet()).cuda().to(memory_format=torch.channels_last)
-    knobs = {"momentum": 0.9, "weight_decay": 1e-4, "precision": "bf16", "device": "cuda"}
-    args = SimpleNamespace(optimizer=name, scaled_lr=0.1, **knobs)
-    optimizer = common.make_optimizer(model, args)
-    augment = common.Augment(common.symmetric(), 32, MEAN, STD, "cuda")
-    views = augment(noise_bytes(64, 32).cuda(), common.generator(0, "augment", 0, "cuda"))
-    before = [p.detach().clone() for p in model.parameters()]
-    with common.autocast(args):
-        loss, _ = model(views)
-    loss.backward()
-    optimizer.step()
-    assert loss.dtype == torch.float32 and loss.isfinite()
-    for p, old in zip(model.parameters(), before, strict=True):
-        assert p.isfinite().all() and (p.ndim == 1 or not torch.equal(p, old))
