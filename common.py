@@ -882,7 +882,8 @@ class Run:
         steps = max(1, self.step - self.epoch * self.steps)
         means = {name: float(total) / steps for name, total in sums.items()}
         rate = self.optimizer.param_groups[0]["lr"]
-        wrong = f"step {self.step}: the loss or a term is not finite; means of this epoch: {means}, learning "
+        what = "a term" if math.isfinite(means.get("loss", 0.0)) else "the loss"
+        wrong = f"step {self.step}: {what} is not finite; means of this epoch: {means}, learning "
         wrong += f"rate {rate:.3g}; try a lower --lr and another --out"
         check(all(map(math.isfinite, means.values())), wrong)
         return means
