@@ -456,7 +456,7 @@ def map_cells(points, cells):
 
 def spectra(info, data, test, args):
     """{panel: {label: spectrum [F]}} of the test images by an untrained encoder, the evaluated one
-    as it was saved, and those in --compare; projections only of a checkpoint.pt of ours."""
+    as it was saved, and those in --compare; projections where the run's checkpoint.pt is there."""
     panels = {"representations": {}, "projections": {}}
     for path in dict.fromkeys(["random", args.checkpoint, *args.compare]):
         if path == "random":
@@ -467,16 +467,27 @@ def spectra(info, data, test, args):
             encoder, its = load_encoder(path, **vars(args) | {"features": None} if mine else {})
             its |= {name: info[name] for name in its["assumed"]}
             label = named(its) if mine else f"{named(its)}, {path}"
+        projector = its.get("projector") or projector_beside(path, encoder)
         encoder = encoder.to(args.device, memory_format=torch.channels_last)
         how = argparse.Namespace(**vars(args) | {"image_size": its["image_size"]})
         h = common.encode(
             encoder, test, how, dataclasses.replace(data, mean=its["mean"], std=its["std"])
         )
         panels["representations"][label] = spectrum(h)
-        if projector := its.get("projector"):
+        if projector is not None:
             with torch.no_grad():
                 panels["projections"][label] = spectrum(projector.to(args.device)(h))
     return {panel: lines for panel, lines in panels.items() if lines}
+
+
+def projector_beside(path, encoder):
+    """The projector in the checkpoint.pt beside an encoder.pt, if the encoder there is the same."""
+    beside = Path(path).with_name("checkpoint.pt") if Path(path).name == "encoder.pt" else None
+    if beside is None or not beside.is_file():
+        return None
+    other, its = load_encoder(beside)
+    pairs = zip(other.state_dict().values(), encoder.state_dict().values(), strict=True)
+    return its["projector"] if all(itertools.starmap(torch.equal, pairs)) else None
 
 
 def spectrum(features):
