@@ -865,7 +865,8 @@ def parser():
     p.add_argument("--std", type=common.positive, nargs=3, help="default: the file's, else assumed")
     p.add_argument("--features", choices=("encoder", "projector"), default="encoder",
                    help="what is evaluated; the projector is in our own checkpoint.pt")
-    p.add_argument("--protocol", choices=("linear", "knn", "finetune"), default="linear")
+    p.add_argument("--protocol", choices=("linear", "knn", "finetune"), default="linear",
+                   help="frozen features, neighbours, or all trained together")
     p.add_argument("--recipe", choices=("s001", "s003", "s004"), help="settings of a thesis")
     common.shared_arguments(p)
     p.set_defaults(arch=None)  # the checkpoint knows
