@@ -1,7 +1,6 @@
 """The methods. Each loss against a slow float64 loop over its equation, values worked out by hand,
-its symmetries, and inputs that break careless arithmetic (half precision, two images, collapse,
-zeros, huge values). Each model against its networks written out: who takes gradient and who does
-not, what `after_step` does, what a state dict has to hold, and the terms that any method can add.
+symmetries, and inputs that break careless arithmetic. Each model against its networks written out:
+who takes gradient, what `after_step` does, what a state dict holds, the terms for any method.
 
 LOSSES and MODELS list them all; what holds for each is tested once, over these lists.
 """
@@ -131,7 +130,7 @@ def carp_loop(logits1, logits2, num_blocks, kl_weight, permutation):
     return sum(losses) / num_blocks
 
 
-def corinfomax_loop(z1, z2, alpha, forgetting, eps, state=None):
+def corinfomax_loop(z1, z2, alpha=250.0, forgetting=0.01, eps=1e-8, state=None):
     """Algorithm 1 with normalised z. state: [(mu, R), (mu, R)], changed in place."""
     n, dim = z1.shape
     eye = torch.eye(dim, dtype=torch.float64)
@@ -179,14 +178,12 @@ def with_image_labels(loss):
     )
 
 
-def in_blocks(loss):
-    """A loss with a partition as one without: blocks for the width, and a fixed deal."""
+def in_two_blocks(loss):
+    """A loss with a partition as one without: two blocks, and a fixed deal."""
 
     def of_two(z1, z2, kl_weight):
-        k = z1.shape[1]
-        blocks = next(n for n in (4, 3, 5) if k % n == 0)
-        deal = torch.randperm(k, generator=torch.Generator().manual_seed(3))
-        return loss(z1, z2, blocks, kl_weight, deal)
+        deal = torch.randperm(z1.shape[1], generator=torch.Generator().manual_seed(3))
+        return loss(z1, z2, 2, kl_weight, deal)
 
     return of_two
 
@@ -195,34 +192,28 @@ def byol_both_ways(p1, p2):
     return byol_loss(p1, p2) + byol_loss(p2, p1)
 
 
-def corinfomax_once(z1, z2, alpha, forgetting, eps):
-    return CorInfoMaxLoss(z1.shape[1], alpha, forgetting, eps)(z1, z2)
+def corinfomax_once(z1, z2):
+    return CorInfoMaxLoss(z1.shape[1])(z1, z2)
 
 
 supcon_pair, supcon_pair_loop = with_image_labels(supcon_loss), with_image_labels(supcon_loop)
 tcl_pair, tcl_pair_loop = with_image_labels(tcl_loss), with_image_labels(tcl_loop)
-carp_dealt, carp_dealt_loop = in_blocks(carp_loss), in_blocks(carp_loop)
+carp_dealt, carp_dealt_loop = in_two_blocks(carp_loss), in_two_blocks(carp_loop)
 VICREG = {"sim_weight": 30.0, "var_weight": 20.0, "cov_weight": 1.5}
 TCL = {"temperature": 0.1, "k1": 5000.0, "k2": 1.2}
-CORINFOMAX = {"alpha": 250.0, "forgetting": 0.01, "eps": 1e-8}
 LOSSES = [  # the loss, the loop that it should equal, further arguments of both
-    pytest.param(nt_xent_loss, nt_xent_loop, {"temperature": 0.5}, id="nt_xent-0.5"),
-    pytest.param(nt_xent_loss, nt_xent_loop, {"temperature": 0.1}, id="nt_xent-0.1"),
+    pytest.param(nt_xent_loss, nt_xent_loop, {"temperature": 0.1}, id="nt_xent"),
     pytest.param(supcon_pair, supcon_pair_loop, {"temperature": 0.1}, id="supcon"),
     pytest.param(tcl_pair, tcl_pair_loop, TCL, id="tcl"),
     pytest.param(byol_both_ways, byol_loop, {}, id="byol"),
-    pytest.param(barlow_twins_loss, barlow_twins_loop, {"off_diag_weight": 0.0051}, id="barlow"),
-    pytest.param(barlow_twins_loss, barlow_twins_loop, {"off_diag_weight": 1.0}, id="barlow-1"),
+    pytest.param(barlow_twins_loss, barlow_twins_loop, {"off_diag_weight": 0.5}, id="barlow"),
     pytest.param(vicreg_loss, vicreg_loop, VICREG, id="vicreg"),
-    pytest.param(carl_loss, carl_loop, {"kl_weight": 1.0}, id="carl"),
-    pytest.param(carl_loss, carl_loop, {"kl_weight": 4.0}, id="carl-4"),
+    pytest.param(carl_loss, carl_loop, {"kl_weight": 4.0}, id="carl"),
     pytest.param(carp_dealt, carp_dealt_loop, {"kl_weight": 2.0}, id="carp"),
-    pytest.param(corinfomax_once, corinfomax_loop, CORINFOMAX, id="corinfomax"),
+    pytest.param(corinfomax_once, corinfomax_loop, {}, id="corinfomax"),
     pytest.param(lower_bound_estimate, lower_bound_loop, {"rho": 0.05}, id="lbe"),
 ]
-DOUBLE = (corinfomax_once,)  # float64 throughout
 TOO_STEEP = (vicreg_loss, "huge"), (corinfomax_once, "one zero row")  # for half precision
-DIRECTIONS_ONLY = (nt_xent_loss, supcon_pair, tcl_pair, byol_both_ways, corinfomax_once)
 
 
 def two_views(batch, dim, dtype=torch.float32, seed=0):
@@ -238,14 +229,14 @@ def two_views(batch, dim, dtype=torch.float32, seed=0):
 # What every loss promises
 
 
-@pytest.mark.parametrize("batch, dim", [(2, 3), (7, 5), (8, 12)])
+@pytest.mark.parametrize("batch, dim", [(3, 4), (7, 12)])
 @pytest.mark.parametrize("loss, loop, options", LOSSES)
 def test_value_and_gradient_equal_the_loop(loss, loop, options, batch, dim):
     z1, z2 = two_views(batch, dim)
     slow1, slow2 = (z.detach().double().requires_grad_() for z in (z1, z2))
     value, expected = loss(z1, z2, **options), loop(slow1, slow2, **options)
     assert value.shape == ()
-    assert value.dtype == (torch.float64 if loss in DOUBLE else torch.float32)
+    assert value.dtype == (torch.float64 if loss is corinfomax_once else torch.float32)
     assert value.item() == pytest.approx(expected.item(), abs=1e-6, rel=1e-6)
     value.backward()
     expected.backward()
@@ -253,65 +244,38 @@ def test_value_and_gradient_equal_the_loop(loss, loop, options, batch, dim):
     torch.testing.assert_close(z2.grad.double(), slow2.grad, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("loss, loop, options", LOSSES)
-def test_float64_stays_float64_and_the_inputs_as_they_are(loss, loop, options):
-    z1, z2 = (z.detach() for z in two_views(4, 3, torch.float64))
-    before1, before2 = z1.clone(), z2.clone()
-    value = loss(z1, z2, **options)
-    assert value.dtype == torch.float64
-    torch.testing.assert_close(value, loop(z1, z2, **options), rtol=1e-12, atol=1e-12)
-    assert torch.equal(z1, before1) and torch.equal(z2, before2)
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("batch", [2, 8])
-@pytest.mark.parametrize(
-    "case", ["random", "constant", "huge", "zero", "one zero row", "same direction"]
-)
+@pytest.mark.parametrize("case", ["constant", "huge", "zero", "one zero row", "same direction"])
 @pytest.mark.parametrize("loss, loop, options", LOSSES)
-def test_finite_whatever_comes_in(loss, loop, options, case, batch, dtype):
-    z1, z2 = (z.detach() for z in two_views(batch, 12))
+def test_finite_whatever_comes_in(loss, loop, options, case, dtype):
+    z1, z2 = (z.detach() for z in two_views(8, 12))
     z1, z2 = {
-        "random": (z1, z2),
         "constant": (torch.full_like(z1, 0.3), torch.full_like(z2, 0.3)),
         "huge": (z1.sign() * 1e4, z2.sign() * 1e4),
         "zero": (torch.zeros_like(z1), torch.zeros_like(z2)),
-        "one zero row": (z1 * (torch.arange(batch) > 0)[:, None], z2),
-        "same direction": (z1[:1] * torch.arange(1, batch + 1)[:, None], z1[:1].expand(batch, -1)),
+        "one zero row": (z1 * (torch.arange(8) > 0)[:, None], z2),
+        "same direction": (z1[:1] * torch.arange(1, 9)[:, None], z1[:1].expand(8, -1)),
     }[case]
     z1, z2 = (z.to(dtype).clone().requires_grad_() for z in (z1, z2))
     value = loss(z1, z2, **options)
     value.backward()
-    assert value.dtype == (torch.float64 if loss in DOUBLE else torch.float32)
     assert value.isfinite()
-    single = [z.detach().float().requires_grad_() for z in (z1, z2)]
-    loss(*single, **options).backward()
-    for z, same in zip((z1, z2), single, strict=True):
-        assert z.grad.dtype == dtype and same.grad.isfinite().all()
+    for z in z1, z2:
         # A gradient that half precision cannot hold is inf, for the gradient scaler to see.
-        too_large = same.grad.abs() > torch.finfo(dtype).max
-        assert (z.grad.isfinite() | too_large).all()
-        assert not too_large.any() or (loss, case) in TOO_STEEP
+        may_be_inf = dtype != torch.float32 and (loss, case) in TOO_STEEP
+        assert z.grad.dtype == dtype and not z.grad.isnan().any()
+        assert z.grad.isfinite().all() or may_be_inf
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("loss, loop, options", LOSSES)
-def test_half_precision_inputs_are_rounded_once(loss, loop, options):
-    """The value is that of the rounded inputs: all arithmetic after the rounding is in float32."""
-    for dtype in torch.float16, torch.bfloat16:
-        z1, z2 = (z.detach() for z in two_views(8, 12, dtype))
-        expected = loop(z1.double(), z2.double(), **options)
-        assert loss(z1, z2, **options).item() == pytest.approx(expected.item(), rel=1e-6, abs=1e-6)
-
-
-@pytest.mark.parametrize("loss, loop, options", LOSSES)
-def test_autocast_changes_nothing(loss, loop, options):
-    z1, z2 = two_views(16, 32)
-    plain = loss(z1, z2, **options)
-    expected = torch.autograd.grad(plain, (z1, z2))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+def test_all_arithmetic_is_in_float32(loss, loop, options, dtype):
+    """Under autocast, too: what half precision does to a value is to round the inputs once."""
+    z1, z2 = (z.detach() for z in two_views(8, 12, dtype))
+    expected = loop(z1.double(), z2.double(), **options)
+    with torch.autocast("cpu", dtype=dtype):
         value = loss(z1, z2, **options)
-    torch.testing.assert_close(value, plain, rtol=0, atol=0)
-    torch.testing.assert_close(torch.autograd.grad(value, (z1, z2)), expected, rtol=0, atol=0)
+    assert value.item() == pytest.approx(expected.item(), rel=1e-6, abs=1e-6)
 
 
 @pytest.mark.parametrize("loss, loop, options", LOSSES)
@@ -319,16 +283,11 @@ def test_symmetries(loss, loop, options):
     z1, z2 = two_views(9, 12, torch.float64)
     order = torch.randperm(9, generator=torch.Generator().manual_seed(1))
     expected = loss(z1, z2, **options)
+    assert expected.dtype == torch.float64
     torch.testing.assert_close(loss(z1[order], z2[order], **options), expected)
     if loss is not lower_bound_estimate:  # which takes all with all, and is no mean of both sides
         assert (loss(z1[order], z2, **options) - expected).abs() > 0.1  # who belongs to whom counts
         torch.testing.assert_close(loss(z2, z1, **options), expected)
-    lengths = torch.logspace(-2, 2, 9)[:, None].double()
-    stretched = loss(z1 * lengths, z2 / lengths, **options)
-    assert torch.allclose(stretched, expected, rtol=1e-6) == (loss in DIRECTIONS_ONLY)
-    if loss in DIRECTIONS_ONLY:
-        turn, _ = torch.linalg.qr(two_views(12, 12, torch.float64)[0].detach())
-        torch.testing.assert_close(loss(z1 @ turn, z2 @ turn, **options), expected)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -339,66 +298,32 @@ EAST_NORTH = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
 EAST_SOUTH = torch.tensor([[2.0, 0.0], [0.0, -3.0]])  # cosine 1 and -1 with the partner, 0 else
 SIGNS = torch.tensor([[1.0, 1.0], [1.0, -1.0], [-1.0, 1.0], [-1.0, -1.0]])  # uncorrelated
 ALIKE = SIGNS[:, :1].repeat(1, 3)
-FOUR = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]])  # three alike, one alone
-CLASSES = torch.tensor([0, 0, 0, 1])
 POINT, ZERO_TEN = torch.ones(6, 4), torch.tensor([[0.0], [10.0]])
-UNDECIDED, DECIDED = torch.zeros(8, 8), 50 * torch.eye(8)  # image i belongs to prototype i
-ONE_FOR_ALL, FAVOURITES = (50 * torch.eye(8)[i].sum(0).repeat(8, 1) for i in ([0], [0, 4]))
-DEAL, AXES = torch.arange(8), torch.cat([torch.eye(8), -torch.eye(8)])
-BYOL_AT = {0: 0, 60: 1, 90: 2, 180: 4}  # 2 - 2 cos
-
-
-def at(degrees):
-    angle = math.radians(degrees)
-    return 0.2 * torch.tensor([[math.cos(angle), math.sin(angle)]])
-
-
-def near(value, tolerance):
-    return pytest.approx(value, rel=tolerance, abs=max(tolerance, 1e-5))
-
-
-NOISE = torch.randn(2, 20000, 8, generator=torch.Generator().manual_seed(0))  # independent
+UNDECIDED, ONE_FOR_ALL = torch.zeros(8, 8), 50 * torch.eye(8)[:1].repeat(8, 1)
+AXES = torch.cat([torch.eye(8), -torch.eye(8)])
 ORACLES = [  # a function, its arguments, its value
-    # -log(e / (e + 1 + 1)) for the anchors of image 1, -log(e^-1 / (e^-1 + 1 + 1)) for image 2's
-    (nt_xent_loss, (EAST_NORTH, EAST_SOUTH, 1.0), (LN(1 + 2 / E) + LN(1 + 2 * E)) / 2),
-    (nt_xent_loss, (EAST_NORTH, EAST_SOUTH), (LN(1 + 2 / E**2) + LN(1 + 2 * E**2)) / 2),  # .5
-    (nt_xent_loss, (torch.eye(16)[:8], torch.eye(16)[8:]), LN(15)),  # chance
+    # -log(e^2 / (e^2 + 1 + 1)) for the anchors of image 1; of image 2, with e^-2 for e^2
+    (nt_xent_loss, (EAST_NORTH, EAST_SOUTH), (LN(1 + 2 / E**2) + LN(1 + 2 * E**2)) / 2),
     (nt_xent_loss, (POINT, POINT, 0.3), LN(11)),  # collapse
-    (nt_xent_loss, (torch.eye(8), torch.eye(8), 0.3), LN(1 + 14 * E ** (-1 / 0.3))),  # the best
-    # Anchors 0, 1: cosines 1, 0 to positives, -1 to the negative. Anchor 2: 0 to all. Anchor 3 has
-    # no positive. The log is inside the sum over positives; L_in of this is another number.
-    (supcon_loss, (FOUR, CLASSES, 1.0), (2 * (LN(E + 1 + 1 / E) - 1 / 2) + LN(3)) / 3),
+    (supcon_loss, (torch.eye(4), torch.tensor([0, 1, 0, 1])), LN(3)),
     # Two views of two images, all orthogonal; then a pair alone: no temperature in the term of k1.
     (tcl_loss, (torch.eye(4), torch.tensor([0, 1, 0, 1]), 0.1, 5.0, 3.0), LN(1 + 5 + 2 * 3)),
-    (tcl_loss, (FOUR[:2], CLASSES[:2], 0.5, 9.0, 1.0), LN(E**2 + 9 / E) - 2),
-    *[(byol_loss, (3 * FOUR[:1], at(angle)), v) for angle, v in BYOL_AT.items()],
+    (tcl_loss, (POINT[:2], torch.zeros(2), 0.5, 9.0, 1.0), LN(E**2 + 9 / E) - 2),
+    (byol_loss, (EAST_NORTH, EAST_SOUTH), 2),  # 0 for equal directions, 4 for opposite ones
     (barlow_twins_loss, (SIGNS * 3 + 5, SIGNS / 2), 0),
-    (barlow_twins_loss, (ALIKE, ALIKE, 0.5), near(0.5 * 6, 1e-4)),  # the off-diagonal alone
-    (barlow_twins_loss, (SIGNS, -SIGNS, 0.0), near(2 * 4, 1e-4)),  # C_ii = -1
-    (barlow_twins_loss, (*NOISE,), near(8, 0.02)),  # nothing in common
+    (barlow_twins_loss, (ALIKE, ALIKE), 0.0051 * 6),  # the off-diagonal alone
     (barlow_twins_loss, (POINT, POINT), 4),  # collapse
-    (vicreg_loss, (POINT, POINT), 25 * (1 - 0.01)),  # collapse
-    (vicreg_loss, (POINT, POINT + 2, 25, 0, 0), 25 * 4),
-    (vicreg_loss, (SIGNS, SIGNS), 0),
-    # A variance of 1/4 * 4/3 with the unbiased estimate, in one view of two; then Cov_ij = 4/3 for
-    # all 6 pairs of 3 features, in both views.
-    (vicreg_loss, (SIGNS, SIGNS / 2), 25 / 4 + 12.5 * (1 - math.sqrt(1 / 3 + 1e-4))),
-    (vicreg_loss, (ALIKE, ALIKE), near(2 * 6 * (4 / 3) ** 2 / 3, 1e-5)),
-    (carl_loss, (DECIDED, DECIDED), 0),
-    (carl_loss, (ONE_FOR_ALL, ONE_FOR_ALL, 3.0), 3 * LN(8)),  # consistent, and the KL at its most
+    (vicreg_loss, (POINT, POINT + 2), 25 * 4 + 25 * (1 - 0.01)),  # collapse
+    # Cov_ij = 4/3 for all 6 pairs of 3 features, in both views.
+    (vicreg_loss, (ALIKE, ALIKE), 2 * 6 * (4 / 3) ** 2 / 3),
+    (carl_loss, (ONE_FOR_ALL, ONE_FOR_ALL), LN(8)),  # consistent, and the KL at its most
     (carl_loss, (UNDECIDED, UNDECIDED, 3.0), LN(8)),  # the KL is 0
-    (carl_loss, (200 * DECIDED, 200 * DECIDED.roll(1, 0)), near(1e4, 1e-4)),  # <q1, q2> = exp(-1e4)
-    (carp_loss, (UNDECIDED, UNDECIDED, 2, 9.0, DEAL), LN(4)),  # in blocks of 4
-    (carp_loss, (FAVOURITES, FAVOURITES, 2, 3.0, DEAL), 3 * LN(4)),  # one of each block takes all
-    (carp_loss, (UNDECIDED, UNDECIDED, 8), 0),  # blocks of one have nothing to decide
+    (carp_loss, (UNDECIDED, UNDECIDED, 2, 9.0), LN(4)),  # in blocks of 4
     # Unit vectors: the trace of R is 1, the determinant largest where all directions are alike.
     (CorInfoMaxLoss(8, forgetting=0.0), (AXES, AXES), 2 * LN(8)),
-    (ldmi, (SIGNS[:, :1], SIGNS[:, 1:]), 0),  # uncorrelated
     # Equal, of variance 1: 1/2 [2 log(1 + eps) - log((1 + eps)^2 - 1)].
     (ldmi, (SIGNS[:, :1], SIGNS[:, :1], 1e-2), (2 * LN(1.01) - LN(0.01 * 2.01)) / 2),
-    (ldmi, (*NOISE,), near(0, 0.01)),  # independent
     (lower_bound_estimate, (POINT, POINT), -LN(6)),  # all in one place
-    (lower_bound_estimate, (20 * DECIDED, 20 * DECIDED), 0),  # all far apart
     # For each mu a sum over z: both mu are at 0, one z is at 0 and one at 10, rho is .05.
     (lower_bound_estimate, (ZERO_TEN * 0, ZERO_TEN), -LN(1 + E**-5)),
 ]
@@ -406,22 +331,17 @@ ORACLES = [  # a function, its arguments, its value
 
 @pytest.mark.parametrize("function, arguments, value", ORACLES)
 def test_by_hand(function, arguments, value):
-    value = near(value, 1e-6) if isinstance(value, (int, float)) else value
-    assert function(*arguments).item() == value
+    assert function(*arguments).item() == pytest.approx(value, rel=1e-4, abs=1e-5)
 
 
 # --------------------------------------------------------------------------------------------------
-# SupCon and TCL
+# What one loss alone promises
 
 
-def labelled():
-    z = torch.randn(10, 4, generator=torch.Generator().manual_seed(0))
-    return z, torch.tensor([0, 0, 0, 1, 1, 2, 2, 2, 2, 7])  # the last has no positive
-
-
-@pytest.mark.parametrize("options", [(), (0.2, 1.0, 1.5), (0.2, 0.0, 3.0), (0.2, 7.0, 0.0)])
+@pytest.mark.parametrize("options", [(), (0.2, 0.0, 3.0), (0.2, 7.0, 0.0)])
 def test_with_labels_equal_the_loops(options):
-    z, y = labelled()
+    z = torch.randn(10, 4, generator=torch.Generator().manual_seed(0))
+    y = torch.tensor([0, 0, 0, 1, 1, 2, 2, 2, 2, 7])  # the last has no positive
     expected = tcl_loop(z.double(), y, *(options or (0.1, 5000.0, 1.0))).item()  # the defaults
     assert tcl_loss(z, y, *options).item() == pytest.approx(expected, rel=1e-6)
     expected = supcon_loop(z.double(), y, *(options[:1] or (0.1,))).item()
@@ -429,63 +349,21 @@ def test_with_labels_equal_the_loops(options):
 
 
 @pytest.mark.parametrize("loss", [supcon_loss, tcl_loss])
-def test_anchors_without_positives_are_left_out(loss):
-    z, y = labelled()
-    z.requires_grad_()
-    value = loss(z, y)
-    value.backward()
-    assert value.isfinite() and z.grad.isfinite().all()
-    assert z.grad[-1].norm() > 0  # it is still a negative of the others
-    with_double = loss(torch.cat([z, z[-1:]]), torch.cat([y, y[-1:]]))
-    assert with_double.item() != pytest.approx(value.item(), abs=1e-4)
-    nobody_has_one, nobody_has_a_negative = torch.arange(5), torch.zeros(5)
-    for labels in nobody_has_one, nobody_has_a_negative:
-        z = torch.randn(5, 3).requires_grad_()
+def test_without_positives_or_negatives(loss):
+    for labels, learns in (torch.arange(5), False), (torch.zeros(5), True):
+        z = two_views(5, 3)[0]
         value = loss(z, labels)
         value.backward()
         assert value.isfinite() and z.grad.isfinite().all()
-        assert (value.item() == 0) == (labels is nobody_has_one) == (not z.grad.any())
-
-
-# --------------------------------------------------------------------------------------------------
-# The others: who takes gradient, weights, partitions
-
-
-def test_byol_gradient_goes_to_the_prediction_alone():
-    p, z = two_views(6, 4)
-    byol_loss(p, z).backward()
-    assert p.grad.norm() > 0 and z.grad is None
-
-
-def test_barlow_twins_sees_neither_scale_nor_shift_of_a_feature():
-    z1, z2 = two_views(8, 5, torch.float64)
-    scale, shift = torch.tensor([30.0, 50, 80, 10, 20]).double(), torch.arange(5.0).double()
-    expected = barlow_twins_loss(z1 * 10, z2)  # so large that the 1e-5 beside its variance is small
-    torch.testing.assert_close(
-        barlow_twins_loss(z1 * scale + shift, z2), expected, rtol=1e-5, atol=0
-    )
+        assert bool(value > 0) == bool(z.grad.any()) == learns
 
 
 def test_carp_partitions():
-    z1, z2 = two_views(7, 12, torch.float64)
+    z1, z2 = two_views(7, 12)
     torch.manual_seed(0)
-    values = {carp_loss(z1, z2, 3).item() for _ in range(5)}
-    assert len(values) > 3  # a new partition each time (two may agree by chance)
-    order = torch.randperm(12)
-    expected = carp_loss(z1, z2, 3, 1.0, order)
-    dealt = carp_loss(z1[:, order], z2[:, order], 3, 1.0, torch.arange(12))
-    within = carp_loss(z1, z2, 3, 1.0, order.view(3, 4).flip(1).flatten())
-    torch.testing.assert_close(dealt, expected)
-    torch.testing.assert_close(within, expected)  # the order inside a block does not matter
-    torch.testing.assert_close(carp_loss(z1, z2, 1, 3.0), carl_loss(z1, z2, 3.0))
+    assert len({carp_loss(z1, z2, 3).item() for _ in range(5)}) > 3  # a new one each time
     with pytest.raises(ValueError, match="12 prototypes .* 5 blocks"):
         carp_loss(z1, z2, 5)
-
-
-def test_lower_bound_estimate_far_from_the_origin():
-    """Where |a|^2 + |b|^2 - 2ab would cancel. The rounding is in the sum, not in what is left."""
-    far = NOISE[:, :6] + 3000
-    torch.testing.assert_close(lower_bound_estimate(*far), lower_bound_estimate(*(far - 3000)))
 
 
 @pytest.mark.parametrize("dataset", carl_carp.PRESETS)
@@ -495,51 +373,32 @@ def test_carp_presets_cut_into_blocks(dataset):
     assert preset["num_prototypes"] % preset["num_blocks"] == 0
 
 
-# --------------------------------------------------------------------------------------------------
-# CorInfoMax
+def test_lower_bound_estimate_far_from_the_origin():
+    """Where |a|^2 + |b|^2 - 2ab would cancel. The rounding is in the sum, not in what is left."""
+    far = torch.randn(2, 1000, 8, generator=torch.Generator().manual_seed(0)) + 3000
+    torch.testing.assert_close(lower_bound_estimate(*far), lower_bound_estimate(*(far - 3000)))
 
 
 def test_corinfomax_recursion_equals_the_loop():
     """Four batches in a row, each with a backward pass: the state moves and holds no graph."""
-    criterion = CorInfoMaxLoss(5, 250.0, 0.3)
+    criterion = CorInfoMaxLoss(5, 100.0, 0.3)
     state = [(torch.zeros(5).double(), torch.eye(5).double()) for _ in range(2)]
     for step in range(4):
         z1, z2 = two_views(6, 5, torch.float64, seed=step)
-        slow1, slow2 = (z.detach().clone().requires_grad_() for z in (z1, z2))
-        value = criterion(z1, z2)
-        expected = corinfomax_loop(slow1, slow2, 250.0, 0.3, 1e-8, state)
+        value, expected = criterion(z1, z2), corinfomax_loop(z1, z2, 100.0, 0.3, state=state)
         torch.testing.assert_close(value, expected, rtol=1e-10, atol=1e-10)
         value.backward()
-        expected.backward()
-        torch.testing.assert_close(z1.grad, slow1.grad, rtol=1e-8, atol=1e-10)
-        torch.testing.assert_close(z2.grad, slow2.grad, rtol=1e-8, atol=1e-10)
-        for q, name in enumerate("12"):
-            torch.testing.assert_close(getattr(criterion, f"mu{name}"), state[q][0])
-            torch.testing.assert_close(getattr(criterion, f"R{name}"), state[q][1])
-    assert {b.dtype for b in criterion.buffers()} == {torch.float64}
     before = {key: value.clone() for key, value in criterion.state_dict().items()}
-    assert set(before) == {"mu1", "mu2", "R1", "R2"}
+    expected = {"mu1": state[0][0], "R1": state[0][1], "mu2": state[1][0], "R2": state[1][1]}
+    torch.testing.assert_close(before, expected)  # of float64
     criterion.eval()(z1, z2)
     assert all(torch.equal(value, before[key]) for key, value in criterion.state_dict().items())
-
-
-def test_corinfomax_defaults_are_those_of_the_official_code():
-    z1, z2 = two_views(6, 3, torch.float64)
-    torch.testing.assert_close(
-        CorInfoMaxLoss(3)(z1, z2), corinfomax_loop(z1, z2, 250.0, 0.01, 1e-8)
-    )
-    for seed in range(5):  # never below the floor of ORACLES
-        z1, z2 = two_views(32, 8, seed=seed)
-        assert CorInfoMaxLoss(8, 0.0, 0.0)(z1, z2).item() >= 2 * LN(8)
 
 
 @pytest.mark.parametrize("eps", [1e-8, 1e-2])
 def test_ldmi_is_equation_3_6(eps):
     z1, z2 = (z.detach() for z in two_views(40, 5, torch.float64))
     torch.testing.assert_close(ldmi(z1, z2, eps), ldmi_loop(z1, z2, eps), rtol=1e-6, atol=1e-8)
-    torch.testing.assert_close(ldmi(z2, z1, eps), ldmi(z1, z2, eps))
-    torch.testing.assert_close(ldmi(z1 + 3, z2 - 2, eps), ldmi(z1, z2, eps))
-    assert ldmi(z1.float(), z2.float()).dtype == torch.float64
     assert ldmi(z1[:2], z2[:2]).isfinite()  # fewer images than features
 
 
@@ -548,7 +407,7 @@ def test_ldmi_is_equation_3_6(eps):
 
 
 class Backbone(nn.Module):
-    """A small stand-in with a ResNet's names, whose sizes of batches are kept by its caller."""
+    """A small stand-in with a ResNet's names."""
 
     num_features = 10
 
@@ -588,19 +447,16 @@ def make_views(count=2, dtype=torch.float64):
     return list(torch.randn(count, 5, 3, 8, 8, generator=rng, dtype=dtype))
 
 
-def batch_sizes(module):
-    """A list that grows by the size of each batch that passes through."""
-    sizes = []
-    module.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
-    return sizes
-
-
-def network(model, views, together):
-    """What backbone and first head make of the views: V of [B, D]."""
-    head = next(getattr(model, name) for name in ("projector", "head") if hasattr(model, name))
+def through(network, views, together):
+    """Batch norm sees all views at once, or one by one. V of [B, D]."""
     if together:
-        return head(model.backbone(torch.cat(views))).chunk(len(views))
-    return [head(model.backbone(x)) for x in views]
+        return network(torch.cat(views)).chunk(len(views))
+    return [network(x) for x in views]
+
+
+def projections(model, views):
+    head = next(getattr(model, name) for name in ("projector", "head") if hasattr(model, name))
+    return through(nn.Sequential(model.backbone, head), views, model.concat_views)
 
 
 def mean_over_pairs(loss, stacks):
@@ -618,63 +474,45 @@ def a_step(model, optimizer, step, views):
     return loss.item()
 
 
-@pytest.mark.parametrize("views", [2, 3])
+@pytest.mark.parametrize("flipped", [False, True])
 @pytest.mark.parametrize("name", MODELS)
-def test_forward_is_the_mean_over_pairs_of_views(name, views):
-    """With two views: the loss itself. SupCon and TCL take all views at once."""
-    model, images = build(name), make_views(views)
+def test_forward_is_the_mean_over_pairs_of_views(name, flipped):
+    """SupCon and TCL take all views at once. flipped: --concat-views other than by default."""
+    model, images = build(name), make_views(3)
+    assert model.concat_views == (name not in APART)
+    model.concat_views ^= flipped
     torch.manual_seed(5)
     loss, terms = model(images, LABELS)
-    z = network(model, images, name not in APART)
-    together, images_as_labels = torch.cat(list(z)), torch.arange(5).repeat(views)
-    if name == "byol":
-        p = [model.predictor(z_v) for z_v in z]
-        targets = [model.target(x) for x in images]
-        pairs = itertools.combinations(range(views), 2)
-        both = [byol_loss(p[i], targets[j]) + byol_loss(p[j], targets[i]) for i, j in pairs]
-        expected = sum(both) / len(both)
-    elif name in ("carl", "carp"):
-        scores = model.prototypes(together).chunk(views)
-        torch.manual_seed(5)
-        partition = torch.randperm(8)
-        if name == "carl":
-            expected = mean_over_pairs(lambda a, b: carl_loss(a, b, 4.0), scores)
-        else:
-            expected = mean_over_pairs(lambda a, b: carp_loss(a, b, 4, 4.0, partition), scores)
-    elif name == "corinfomax":
-        expected = mean_over_pairs(CorInfoMaxLoss(6), z)  # one state, moved by each pair in turn
-    else:
-        expected = {
-            "simclr": lambda: mean_over_pairs(nt_xent_loss, z),
-            "barlow_twins": lambda: mean_over_pairs(barlow_twins_loss, z),
-            "vicreg": lambda: mean_over_pairs(vicreg_loss, z),
-            "supcon": lambda: supcon_loss(together, LABELS.repeat(views)),
-            "tcl": lambda: tcl_loss(together, LABELS.repeat(views)),
-            "tcl_self_supervised": lambda: tcl_loss(together, images_as_labels),
-            "cross_entropy": lambda: F.cross_entropy(together, LABELS.repeat(views)),
-        }[name]()
+    z = projections(model, images)
+    stack, y, image = torch.cat(list(z)), LABELS.repeat(3), torch.arange(5).repeat(3)
+    torch.manual_seed(5)
+    blocks = 4, 4.0, torch.randperm(8)  # carp's, with the weight of the KL
+
+    def scores():
+        return through(model.prototypes, z, model.concat_views)
+
+    def byol():
+        p = through(model.predictor, z, model.concat_views)
+        targets = through(model.target, images, model.concat_views)
+        pairs = itertools.permutations(range(3), 2)
+        return sum(byol_loss(p[i], targets[j]) for i, j in pairs) / 3
+
+    expected = {
+        "simclr": lambda: mean_over_pairs(nt_xent_loss, z),
+        "byol": byol,
+        "barlow_twins": lambda: mean_over_pairs(barlow_twins_loss, z),
+        "vicreg": lambda: mean_over_pairs(vicreg_loss, z),
+        "supcon": lambda: supcon_loss(stack, y),
+        "tcl": lambda: tcl_loss(stack, y),
+        "tcl_self_supervised": lambda: tcl_loss(stack, image),
+        "cross_entropy": lambda: F.cross_entropy(stack, y),
+        "carl": lambda: mean_over_pairs(lambda a, b: carl_loss(a, b, 4.0), scores()),
+        "carp": lambda: mean_over_pairs(lambda a, b: carp_loss(a, b, *blocks), scores()),
+        "corinfomax": lambda: mean_over_pairs(CorInfoMaxLoss(6), z),  # one state, moved by each
+    }[name]()
     torch.testing.assert_close(loss, expected, rtol=1e-9, atol=1e-9)
     for value in terms.values():  # numbers, or scalars that keep no graph alive
         assert isinstance(value, float) or (value.ndim == 0 and not value.requires_grad)
-
-
-@pytest.mark.parametrize("together", [None, True, False])
-@pytest.mark.parametrize("name", MODELS)
-def test_views_pass_together_or_one_by_one(name, together):
-    """concat_views: batch norm sees fifteen images at once, or five of each view."""
-    model = build(name)
-    if together is None:
-        together = name not in APART  # as each method's paper or code has it
-    else:
-        model.concat_views = together
-    looked_at = [model.backbone, getattr(model, "projector", model.backbone)]
-    looked_at += [model.target, model.predictor] if name == "byol" else []
-    sizes = [batch_sizes(module) for module in looked_at]
-    loss, _ = model(make_views(3), LABELS)
-    assert sizes == [[15] if together else [5, 5, 5]] * len(looked_at)
-    other = build(name)
-    other.concat_views = not together
-    assert loss != other(make_views(3), LABELS)[0]
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -687,17 +525,6 @@ def test_every_parameter_that_should_learn_gets_a_gradient(name):
             assert parameter.grad is None and not parameter.requires_grad
         else:
             assert parameter.grad is not None and parameter.grad.isfinite().all(), key
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_labels_are_read_only_where_they_should_be(name):
-    supervised = name in ("supcon", "tcl", "cross_entropy")
-    values = set()
-    for labels in (LABELS, torch.tensor([0, 0, 1, 1, 2]), *([] if supervised else [None])):
-        model = build(name)
-        torch.manual_seed(5)
-        values.add(model(make_views(), labels)[0].item())
-    assert len(values) == 1 + supervised
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -715,10 +542,8 @@ def test_the_state_dict_holds_everything(name):
         assert goes_on == resumed and goes_on not in before
 
 
-@pytest.mark.parametrize(
-    "name, term", [(name, None) for name in MODELS] + [("byol", "mib"), ("simclr", "lbe")]
-)
-def test_one_graph_for_all_steps(name, term):
+@pytest.mark.parametrize("name", ["byol", "carp"])
+def test_one_graph_for_all_steps(name):
     """No graph break, and nothing that changes from step to step (EMA decay, KL weight, partition)
     makes torch.compile start again; what it captured gives the loss of the model as it is."""
     torch._dynamo.reset()
@@ -727,7 +552,6 @@ def test_one_graph_for_all_steps(name, term):
     for compiled in False, True:
         torch.manual_seed(0)
         model = MODELS[name](Backbone())
-        model = common.MutualInformation(model, term, 0.1, 8) if term else model
         optimizer, views = torch.optim.SGD(model.parameters(), 0.01), make_views(2, torch.float32)
         if compiled:
             model.compile(fullgraph=True, backend="eager")
@@ -738,80 +562,44 @@ def test_one_graph_for_all_steps(name, term):
 
 
 # --------------------------------------------------------------------------------------------------
-# BYOL's target
-
-
-def test_byol_target_starts_as_a_copy_and_has_no_predictor():
-    model = build("byol")
-    online = [*model.backbone.parameters(), *model.projector.parameters()]
-    for a, b in zip(online, model.target.parameters(), strict=True):
-        assert torch.equal(a, b) and a.data_ptr() != b.data_ptr()
+# What one model alone does: targets, terms that are logged, knobs and ablations
 
 
 @pytest.mark.parametrize(
-    "start, progress, decay",
-    [
-        (0.9, 0.0, 0.9),
-        (0.9, 0.25, 1 - 0.1 * (math.cos(math.pi / 4) + 1) / 2),
-        (0.9, 0.5, 0.95),
-        (0.9, 1.0, 1.0),
-        (0.0, 0.0, 0.0),  # the target is the online network
-    ],
+    "progress, decay", [(0.0, 0.9), (0.25, 1 - 0.1 * (math.cos(math.pi / 4) + 1) / 2), (1.0, 1.0)]
 )
-def test_byol_moving_average(start, progress, decay):
-    """tau = 1 - (1 - tau_0) (cos(pi t) + 1) / 2; target <- tau target + (1 - tau) online."""
-    torch.manual_seed(0)
-    model = BYOL(Backbone(), 12, 6, start).double()
-    moved = [*model.backbone.parameters(), *model.projector.parameters()]
+def test_byol_moving_average(progress, decay):
+    """tau = 1 - (1 - tau_0) (cos(pi t) + 1) / 2; target <- tau target + (1 - tau) online, of which
+    it starts as a copy."""
+    model = BYOL(Backbone(), 12, 6, 0.9)
+    online = [*model.backbone.parameters(), *model.projector.parameters()]
+    before = [p.clone() for p in online]
     with torch.no_grad():
-        for parameter in moved:
+        for parameter in online:
             parameter.add_(torch.randn_like(parameter))
-    before = [p.clone() for p in model.target.parameters()]
-    online = [p.clone() for p in moved]
     model.after_step(progress)
     for old, new, source in zip(before, model.target.parameters(), online, strict=True):
-        torch.testing.assert_close(new.detach(), decay * old + (1 - decay) * source)
-    assert all(torch.equal(now, then) for now, then in zip(moved, online, strict=True))
+        torch.testing.assert_close(new, decay * old + (1 - decay) * source)
 
 
 def test_byol_target_normalises_by_its_own_batch():
-    """In train mode, as the online network is; its running statistics come from its own forwards
-    and the moving average leaves them alone."""
-    model = build("byol")
-    norm = model.target[0].norm
-    before = norm.running_mean.clone()
-    model(make_views())
-    moved = norm.running_mean.clone()
-    assert not torch.equal(moved, before)
-    model.after_step(0.0)
-    assert torch.equal(norm.running_mean, moved)
-    with torch.no_grad():
-        norm.running_mean.fill_(100.0)
-        norm.running_var.fill_(100.0)
-    value = model(make_views())[0].item()
-    assert value == pytest.approx(build("byol")(make_views())[0].item(), rel=1e-9)
+    """In train mode, as the online network is; nothing reads its running statistics."""
+    model, other = build("byol"), build("byol")
+    model.target[0].norm.running_mean.fill_(100.0)
+    model.target[0].norm.running_var.fill_(100.0)
+    torch.testing.assert_close(model(make_views())[0], other(make_views())[0])
 
 
-def test_byol_ablations():
-    model = BYOL(Backbone(), 12, 6, ablate="predictor").double()
-    assert not list(model.predictor.parameters())
-    torch.manual_seed(0)
+def test_byol_without_the_stop_gradient():
     model = BYOL(Backbone(), 12, 6, ablate="stop-gradient").double()
     loss, _ = model(make_views())
-    z = network(model, make_views(), False)
+    z = projections(model, make_views())
     p = [model.predictor(z_v) for z_v in z]
-    expected = (
-        4 - 2 * F.cosine_similarity(p[0], z[1]) - 2 * F.cosine_similarity(p[1], z[0])
-    ).mean()
-    torch.testing.assert_close(loss, expected)
-    slope, by_hand = (
-        torch.autograd.grad(x, model.projector[-1].weight)[0] for x in (loss, expected)
-    )
+    expected = 4 - 2 * F.cosine_similarity(p[0], z[1]) - 2 * F.cosine_similarity(p[1], z[0])
+    torch.testing.assert_close(loss, expected.mean())
+    weight = model.projector[-1].weight
+    slope, by_hand = (torch.autograd.grad(x, weight) for x in (loss, expected.mean()))
     torch.testing.assert_close(slope, by_hand)
-
-
-# --------------------------------------------------------------------------------------------------
-# Terms that are logged, knobs and ablations
 
 
 def test_simclr_logs_its_bound():
@@ -825,14 +613,14 @@ def test_barlow_twins_scale_and_terms():
     scaled, terms = model(make_views())
     torch.testing.assert_close(scaled, 0.1 * build("barlow_twins")(make_views())[0])
     torch.testing.assert_close(sum(terms.values()), 10 * scaled.detach())
-    diagonal = barlow_twins_loss(*network(model, make_views(), False), 0.0)
+    diagonal = barlow_twins_loss(*projections(model, make_views()), 0.0)
     torch.testing.assert_close(terms["loss_on_diagonal"], diagonal.detach())
 
 
 def test_vicreg_terms_are_before_their_weights():
     model, views = build("vicreg"), make_views(3)
-    loss, terms = model(views)
-    z = network(model, views, False)
+    _, terms = model(views)
+    z = projections(model, views)
     for i, key in enumerate(("loss_inv", "loss_var", "loss_cov")):
         weights = [float(i == j) for j in range(3)]
         part = mean_over_pairs(lambda a, b, weights=weights: vicreg_loss(a, b, *weights), z)
@@ -862,35 +650,27 @@ def test_carl_and_carp_terms(name):
     loss, terms = model(make_views())
     total = terms["loss_consistency"] + terms["kl_weight"] * terms["kl"]
     torch.testing.assert_close(total, loss.detach())
-    assert 0 <= terms["kl"] <= LN(8 if name == "carl" else 2)
     before = float(terms["kl_weight"])
     model.after_step(1.0)
     assert float(terms["kl_weight"]) == before  # what was logged does not change afterwards
-    values = {model(make_views())[0].item() for _ in range(6)}
-    assert len(values) > 3 if name == "carp" else len(values) == 1  # a partition at every step
 
 
 def test_corinfomax_terms():
     model, views = build("corinfomax"), make_views()
     _, terms = model(views)
-    unit = [F.normalize(z_v, dim=1) for z_v in network(model, views, False)]
+    unit = [F.normalize(z_v, dim=1) for z_v in projections(model, views)]
     torch.testing.assert_close(terms["ldmi"], ldmi(*unit).detach())
     torch.testing.assert_close(terms["loss_inv"], (unit[0] - unit[1]).square().mean().detach())
     spectrum = torch.linalg.eigvalsh(model.criterion.R1)
     quantiles = [float(terms[f"eig_{q}"]) for q in ("min", "25", "50", "75", "max")]
     assert quantiles == pytest.approx([float(spectrum[i]) for i in (0, 1, 2, 3, 5)])
-    torch.manual_seed(0)
-    ablated, terms = CorInfoMax(Backbone(), 12, 6, ablate="logdet").double()(views)
-    torch.testing.assert_close(ablated.detach(), 250 * terms["loss_inv"])
 
 
 def test_heads():
     def layers(head):
         return [type(module).__name__ for module in head]
 
-    linear = SupConTCL(Backbone(), 3, "cross_entropy").head
-    assert isinstance(linear, nn.Linear) and linear.out_features == 3
-    assert layers(SupConTCL(Backbone(), 3, "tcl", 12, 6).head) == ["Linear", "ReLU", "Linear"]
+    assert layers(build("tcl").head) == ["Linear", "ReLU", "Linear"]
     assert layers(build("simclr").projector) == ["Linear", "BatchNorm1d", "ReLU", "Linear"]
     plain = build("corinfomax").projector  # S003: batch norm for ImageNet alone
     assert layers(plain) == ["Linear", "ReLU", "Linear", "ReLU", "Linear"]
@@ -912,58 +692,42 @@ def with_term(name, kind, weight=1.0, size=8):
 
 
 @pytest.mark.parametrize("kind", ["rc", "lbe", "ip", "mib"])
-@pytest.mark.parametrize("name", MODELS)
-def test_the_term_is_added_with_its_weight(name, kind):
-    values = {}
-    for weight in 0.0, 1.0, 10.0:
-        model, _ = with_term(name, kind, weight)
+def test_the_term_is_added_with_its_weight(kind):
+    values, slopes = [], []
+    for weight in 0.0, 10.0:
+        model, _ = with_term("simclr", kind, weight)
         torch.manual_seed(7)
-        loss, terms = model(make_views(2, torch.float32), LABELS)
-        values[weight], term = loss.item(), float(terms[f"loss_{kind}"])
-    assert values[1.0] - values[0.0] == pytest.approx(term, rel=1e-3, abs=1e-3)
-    assert values[10.0] - values[0.0] == pytest.approx(10 * term, rel=1e-3, abs=1e-3)
-    loss.backward()
-    assert all(p.grad is not None for p in model.backbone.parameters())
-    assert len(terms) > 1  # the method's own stand beside it
+        loss, terms = model(make_views(2, torch.float32))
+        loss.backward()
+        values.append(loss.item())
+        slopes.append(model.backbone.fc.weight.grad)
+    assert values[1] - values[0] == pytest.approx(10 * float(terms[f"loss_{kind}"]), rel=1e-3)
+    assert (slopes[1] - slopes[0]).abs().max() > 1e-2
+    assert "mi_bound" in terms  # the method's own stand beside it
 
 
-@pytest.mark.parametrize("kind, rel", [("rc", 1e-4), ("ip", 1e-4), ("mib", 0.1), ("lbe", 0.1)])
+@pytest.mark.parametrize("kind, size", [("rc", 8), ("ip", 8), ("mib", 8), ("lbe", 8), ("lbe", 128)])
 @pytest.mark.parametrize("name", ["simclr", "byol"])  # together, and one by one
-def test_terms_by_hand(name, kind, rel):
-    """From the representations of the plain backbone; noise of .1 leaves them near."""
-    model, backbone = with_term(name, kind, size=128 if kind == "lbe" else 8)  # large: one depth
-    views = make_views(2, torch.float32)
-    h = [backbone(x) for x in views] if name in APART else backbone(torch.cat(views)).chunk(2)
+def test_terms_by_hand(name, kind, size, monkeypatch):
+    """From the representations of the plain backbone; lbe of small images has three depths."""
+    monkeypatch.setattr(common, "NOISE", 0.0)
+    model, backbone = with_term(name, kind, size=size)
+    views = [3 * x for x in make_views(2, torch.float32)]  # so that the depths differ
+    low = backbone.layer2(torch.cat(views))
+    high = backbone.layer3(low.relu())
+    h = through(backbone, views, name not in APART)
     _, terms = model(views)
     if kind == "rc":  # mean over pixels, summed over views
         pairs = zip(h, views, strict=True)
         expected = sum((model.decoder(h_v) - x).square().mean() for h_v, x in pairs)
     elif kind == "lbe":
-        expected = -lower_bound_estimate(torch.cat(list(h)), torch.cat(list(h)), 1 / 80)
+        depths = {1: torch.cat(list(h)), 0.25: low.mean((2, 3)), 0.5: high.mean((2, 3))}
+        depths = depths if size == 8 else {1: depths[1]}
+        rho = 1 / 20 if size == 8 else 1 / 80
+        expected = -sum(share * lower_bound_estimate(x, x, rho) for share, x in depths.items())
     else:  # over images and features
         expected = (h[0] - h[1]).square().sum() / h[0].numel()
-    assert float(terms[f"loss_{kind}"]) == pytest.approx(expected.item(), rel=rel)
-
-
-def test_lbe_weighs_three_depths_of_small_images(monkeypatch):
-    model, backbone = with_term("simclr", "lbe")
-    views = make_views(2, torch.float32)
-    low = backbone.layer2(torch.cat(views))
-    high = backbone.layer3(low.relu())
-    depths = [low.mean((2, 3)), high.mean((2, 3)), backbone(torch.cat(views))]
-    kept = {}
-
-    def spy(mu, z, rho):
-        assert rho == 0.05 and len(mu) == 10  # both views
-        torch.testing.assert_close(mu, next(h for h in depths if h.shape == mu.shape))
-        assert 0.06 < (z - mu).std() < 0.14  # sigma .1
-        kept[mu.shape[1]] = lower_bound_estimate(mu, z, rho)
-        return kept[mu.shape[1]]
-
-    monkeypatch.setattr(common, "lower_bound_estimate", spy)
-    _, terms = model(views)
-    expected = 0.25 * kept[4] + 0.5 * kept[6] + kept[10]  # of layer2, layer3, the output
-    torch.testing.assert_close(terms["loss_lbe"], -expected.detach())
+    torch.testing.assert_close(terms[f"loss_{kind}"], expected.detach())
 
 
 @pytest.mark.parametrize("kind", ["lbe", "mib", "ip"])
@@ -975,13 +739,15 @@ def test_noise_reaches_the_heads_in_training_and_nobody_else(kind):
     model.method.target[0].register_forward_hook(lambda *_: seen["target"].append(_[-1]))
     views = make_views(1, torch.float32) * 2
     model(views)
-    assert torch.equal(*seen["heads"]) == (kind == "ip") and torch.equal(*seen["target"])
+    difference = (seen["heads"][0] - seen["heads"][1]) / math.sqrt(2)
+    assert difference.std().item() == pytest.approx(0 if kind == "ip" else 0.1, abs=0.04)
+    assert torch.equal(*seen["target"])
     for grad in True, False:  # fine-tuning needs one
         with torch.set_grad_enabled(grad):
             assert torch.equal(model.eval().backbone(views[0]), model.backbone(views[0]))
 
 
-@pytest.mark.parametrize("size", [8, 32, 64, 96, 100, 160, 224])
+@pytest.mark.parametrize("size", [8, 32, 100, 224])
 def test_decoder_gives_views(size):
     assert common.Decoder(16, size)(torch.randn(2, 16)).shape == (2, 3, size, size)
     small = [m for m in common.Decoder(512, 32).modules() if isinstance(m, nn.ConvTranspose2d)]
@@ -990,8 +756,6 @@ def test_decoder_gives_views(size):
 
 def test_the_wrapped_method_is_trained_and_stepped():
     model, _ = with_term("byol", "rc")
-    assert any(key.startswith("decoder.") for key in model.state_dict())
-    assert model.backbone is model.method.backbone
     model.method.ema_decay = 0.0
     with torch.no_grad():
         model.backbone.fc.weight.add_(1.0)
