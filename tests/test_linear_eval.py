@@ -227,7 +227,7 @@ def test_validation_never_touches_the_test_images(argv, toy):
 
 def test_finetuning_learns(argv, toy):
     torch.save(separable(toy()), "toy.pt")
-    flags = "--protocol finetune --epochs 5 --batch-size 16 --encoder-lr 0.05".split()
+    flags = "--protocol finetune --epochs 12 --batch-size 16 --encoder-lr 0.05".split()
     assert evaluate(*argv, *flags)[1]["top1"] > 0.9
 
 
@@ -942,8 +942,8 @@ REFUSALS = {
     "--label-fraction 0.02": "--label-fraction 0.02 leaves 4 classes without an image",
     "--validation-fraction 0.01": "--validation-fraction 0.01 leaves a part empty",
     "--image-size 4": "--image-size",
-    "--cached --lr 1e38": "the classifier's loss is not finite in epoch",
-    "--protocol finetune --encoder-lr 1e38": "the loss is not finite in epoch",
+    "--cached --lr 1e38": "loss not finite in epoch",
+    "--protocol finetune --encoder-lr 1e38": "loss not finite in epoch",
     "--protocol finetune --batch-size 1": "in batches of 1 are too few",
     "--cached --protocol knn": "--cached is for --protocol linear",
     "--lr 0.1 0.2 --protocol finetune": "several --lr are for --protocol linear",

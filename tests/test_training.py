@@ -806,7 +806,7 @@ RESUMED = [  # --out run, a run that is whole, or what is changed in its checkpo
     ("--resume --batch-size 17", None, "was made with --batch-size 16, not 17"),
     ("--resume", lambda saved: saved | {"method": "another"}, "checkpoint of another, not simclr"),
     ("--resume", lambda saved: saved | {"model": {"weight": torch.zeros(2)}}, "does not fit"),
-    ("--resume", lambda saved: saved | {"step": 11}, "made with another number of images"),
+    ("--resume", lambda saved: saved | {"images": 11}, "made with another number of images"),
     ("--resume", lambda saved: [1, 2], "does not fit"),
     ("--resume", lambda saved: {"state_dict": saved["model"]}, "does not fit"),  # an encoder.pt
     ("--resume", "notes.txt", "run/checkpoint.pt: no such file"),
