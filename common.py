@@ -718,6 +718,8 @@ class Run:
         check(free, f"{self.folder} holds a run or other files: add --resume, or another --out")
         self.announce()
         if fresh:
+            if self.args.resume:
+                print(f"{self.folder} has no checkpoint yet: from the beginning")
             on_first(lambda: self.folder.mkdir(parents=True, exist_ok=True))
             on_first(lambda: write_json(describe(self.args), self.folder / "config.json"))
             on_first(lambda: save_views(self.data, augment, self.args, self.folder / "views.png"))
@@ -738,14 +740,13 @@ class Run:
         test = f"{len(data.test)} test images" if data.test is not None else "no test images"
         held = "in memory" if data.pretrain.in_memory else f"decoded by {args.workers} workers"
         steps = f"{args.epochs} epochs of {self.steps} steps of {args.batch_size} images"
-        rate = (
-            f"{args.optimizer}, lr up to {args.scaled_lr:.4g} after {args.warmup_epochs:g} epochs"
-        )
+        rate = f"{args.optimizer}, lr up to {args.scaled_lr:.4g}"
         device = f"{describe(args)['device']}, {args.precision}" + ", compiled" * args.compile
         say("method", f"{self.method}: {args.arch}, {args.stem} stem, {weights:.1f} M parameters")
         say("data", f"{data.name}: {len(data.pretrain)} training images, {test}, {held}")
         say("steps", f"{steps}, {args.views} views of each, {args.image_size} pixels a side")
-        say("optimiser", f"{rate} of warm-up, weight decay {args.weight_decay:g}")
+        warmup = f"{args.warmup_epochs:g} epochs of warm-up"
+        say("optimiser", f"{rate} after {warmup}, weight decay {args.weight_decay:g}")
         say("device", f"{device}, processes: {world_size()}")
         say("folder", str(self.folder))
 

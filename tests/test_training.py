@@ -685,6 +685,7 @@ def test_where_nothing_was_saved_a_run_begins(flag, small, whole):
             path.rename(f"{path}.tmp")  # a half-written one stays behind
     printed = succeed("simclr", *THREE_EPOCHS, "--out", "run", *flag)
     assert "resumed" not in printed
+    assert ("no checkpoint yet: from the beginning" in printed) == ("--resume" in flag)
     for path in Path("run").glob("*.tmp"):
         path.unlink()
     assert_same_run("run", whole("simclr"))
