@@ -858,7 +858,7 @@ PRESETS = {
 
 # fmt: off
 def parser():
-    p, switch = common.Parser(__doc__.splitlines()[0]), argparse.BooleanOptionalAction
+    p, switch = common.Parser(__doc__.splitlines()[0], "evaluation"), argparse.BooleanOptionalAction
     p.add_argument("--checkpoint", required=True, help="encoder.pt, checkpoint.pt, or: random")
     p.add_argument("--key", help="a part of the encoder's prefix, where a file holds several")
     p.add_argument("--mean", type=float, nargs=3, help="of the channels; default: as for --std")
