@@ -781,16 +781,16 @@ class Run:
         """What will happen, in words. config.json has every setting."""
         args = self.args
         weights = sum(p.numel() for p in self.model.parameters() if p.requires_grad) / 1e6
+        steps = f"{args.epochs} epochs of {self.steps} steps of {args.batch_size} images"
+        rate = (
+            f"{args.optimizer}, lr up to {args.scaled_lr:.4g}, weight decay {args.weight_decay:g}"
+        )
+        device = f"{describe(args)['device']}, {args.precision}" + ", compiled" * args.compile
         print(*self.data.found, sep="\n")
         print(f"{self.method}: {args.arch}, {args.stem} stem, {weights:.1f} M parameters")
-        print(f"{args.epochs} epochs of {self.steps} steps of {args.batch_size} images, ", end="")
-        print(f"{args.views} views of each, {args.image_size} pixels a side")
-        print(
-            f"{args.optimizer}, lr up to {args.scaled_lr:.4g} after {args.warmup_epochs:g} ", end=""
-        )
-        print(f"epochs of warm-up, weight decay {args.weight_decay:g}")
-        compiled = ", compiled" if args.compile else ""
-        print(f"{describe(args)['device']}, {args.precision}{compiled}, processes: {world_size()}")
+        print(f"{steps}, {args.views} views of each, {args.image_size} pixels a side")
+        print(f"{rate}, {args.warmup_epochs:g} epochs of warm-up")
+        print(f"{device}, processes: {world_size()}")
 
     def after_step(self, step, loss, terms):
         """Add up loss and terms. Where a signal came, save and exit."""
@@ -848,6 +848,9 @@ class Run:
             beside = self.baselines | {"chance": 1 / len(data.classes)}
             print(f"kNN top-1 {last:.1%} ({', '.join(f'{k} {v:.1%}' for k, v in beside.items())})")
         print(f"{self.folder}: encoder.pt, checkpoint.pt, log.jsonl, config.json, views.png")
+        print(shlex.join(["python", "linear_eval.py", "--curves", str(self.folder)]))
+        if not data.classes:
+            return
         words = ["--checkpoint", str(self.folder / "encoder.pt"), "--dataset", args.dataset]
         words += ["--data-dir", args.data_dir] if args.data_dir != "data" else []
         # On shapes whole images give the best figure; elsewhere crops would take a CPU hours.
@@ -1155,13 +1158,13 @@ def from_packed(name, packed, path=None) -> Dataset:
 def packed_split(what, split, num_classes) -> Split:
     split = split if isinstance(split, dict) else {}
     images, labels = split.get("images"), split.get("labels")
-    right = isinstance(images, Tensor) and images.dtype == torch.uint8 and images.is_cpu
-    right = right and images.ndim == 4 and images.shape[1] in (1, 3) and images.numel() > 0
+    right = isinstance(images, Tensor) and images.dtype == torch.uint8 and images.ndim == 4
+    right = right and images.shape[1] in (1, 3) and images.numel() > 0
     check(right, f"{what} images should be a uint8 tensor [N, 1 or 3, H, W], N > 0")
     images = images.expand(-1, 3, -1, -1).contiguous()
     if what.endswith("unlabeled") or num_classes == 0:
         return Split(images, torch.full((len(images),), -1))
-    right = isinstance(labels, Tensor) and labels.dtype == torch.int64 and labels.is_cpu
+    right = isinstance(labels, Tensor) and labels.dtype == torch.int64
     right = right and labels.shape == images.shape[:1]
     check(right, f"{what} labels should be an int64 tensor [N], N = {len(images)}")
     low, high = int(labels.min()), int(labels.max())
@@ -1239,42 +1242,53 @@ def load_folder(name, root: Path) -> Dataset:
     """train/CLASS/** with test/, val/, valid/ or validation/ of the same classes; CLASS/** alone;
     or images without classes. Images of one size are held in memory where they fit; all others are
     decoded by workers, anew in every epoch."""
+    left_out = collections.Counter()
+    classes, splits = splits_of(root, left_out)
+    side, why = one_size(root, [file for split in splits.values() for file in split.images])
+    if side:
+        packed = {key: hold_in_memory(split, *side) for key, split in splits.items()}
+        data = from_packed(name, packed | {"classes": classes}, root)
+    else:
+        data = Dataset(name, classes, splits["train"], splits.get("test"), splits["train"], 224)
+        why += ", and so decoded from disk; --image-size and --stem say how large"
+        data.found = [in_words(data), why]
+    if left_out:
+        left = ", ".join(f"{count} {ending}" for ending, count in left_out.most_common(5))
+        data.found.append(f"left out: {left}")
+    return data
+
+
+def splits_of(root, left_out):
+    """The classes, and {"train" and, where there is one, "test": Split of files}."""
     train = root / "train" if (root / "train").is_dir() else root
     classes = folders_in(train)
     alone = train != root or not set(TESTS) & set(classes)
     check(alone, f"{root}: no folder train/ beside {', '.join(classes)}")
-    splits, left_out = {}, collections.Counter()
-    splits["train"] = images_in(train, classes, left_out)
-    test = next((root / t for t in TESTS if train != root and is_test(root / t, classes)), None)
-    if test and (test / ANNOTATIONS).is_file():
-        splits["test"] = annotated_images(test, classes)
-    elif test:
-        more = sorted(set(folders_in(test)) - set(classes))
-        check(
-            not more, f"{test} has {len(more)} classes that train/ has not: {', '.join(more[:3])}"
-        )
-        splits["test"] = images_in(test, classes, left_out)
+    splits = {"train": images_in(train, classes, left_out)}
+    for test in [root / name for name in TESTS] if train != root else []:
+        here = folders_in(test)
+        if (test / ANNOTATIONS).is_file():
+            return classes, splits | {"test": annotated_images(test, classes)}
+        if set(here) & set(classes):
+            more = sorted(set(here) - set(classes))
+            wrong = f"{test} has {len(more)} classes that train/ has not: {', '.join(more[:3])}"
+            check(not more, wrong)
+            return classes, splits | {"test": images_in(test, classes, left_out)}
+    return classes, splits
 
-    files = Split([file for split in splits.values() for file in split.images], torch.zeros(0))
-    sizes = {file: size_of(file) for file in files.spread(100_000).images}
+
+def one_size(root, files):
+    """(height, width) of all images, or None where they differ or do not fit, and why. A few of
+    another size are refused, as they would make it another network."""
+    sizes = {file: size_of(file) for file in files[:: len(files) // 100_000 + 1]}
     (width, height), _ = collections.Counter(sizes.values()).most_common()[0]
     odd = [file for file, size in sizes.items() if size != (width, height)]
-    fits = 3 * width * height * len(files) <= MEMORY_LIMIT
+    if 3 * width * height * len(files) > MEMORY_LIMIT:
+        return None, f"most of {width}x{height} pixels, too many for memory"
     wrong = f"{root}: {len(odd)} of {len(sizes)} images are not {width}x{height} pixels large, as "
     wrong += f"{', '.join(map(str, odd[:3]))}: take them out, or resize them"
-    check(not fits or not odd or len(odd) > len(sizes) / 100, wrong)
-    left = ", ".join(f"{count} {ending}" for ending, count in left_out.most_common(5))
-    left = [f"left out: {left}"] if left else []
-    if fits and not odd:
-        packed = {key: hold_in_memory(split, height, width) for key, split in splits.items()}
-        data = from_packed(name, packed | {"classes": classes}, root)
-        data.found += left
-        return data
-    data = Dataset(name, classes, splits["train"], splits.get("test"), splits["train"], 224)
-    why = "of several sizes, and so" if odd else f"{width}x{height} pixels, too many for memory, so"
-    data.found = [in_words(data), f"{why} decoded from disk; --image-size and --stem say how large"]
-    data.found += left
-    return data
+    check(not odd or len(odd) > len(sizes) / 100, wrong)
+    return (None, "of several sizes") if odd else ((height, width), "")
 
 
 def folders_in(folder):
@@ -1284,10 +1298,6 @@ def folders_in(folder):
 def seen(path):
     """Whether a name is not one of those that systems leave behind."""
     return not re.match(r"\.|__|thumbs\.db$|desktop\.ini$", path.name, re.IGNORECASE)
-
-
-def is_test(folder, classes):
-    return (folder / ANNOTATIONS).is_file() or bool(set(folders_in(folder)) & set(classes))
 
 
 def images_in(folder, classes, left_out) -> Split:
