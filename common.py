@@ -78,7 +78,8 @@ def train(method, model, data, recipes, args):
         for images, labels in training_batches(data.pretrain, epoch, args, recipes, skip):
             warmup, total = args.warmup_epochs * steps, args.epochs * steps
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, total, warmup, args.scaled_lr)
+                final = args.scaled_lr if args.schedule == "constant" else 0.0
+                group["lr"] = learning_rate(step, total, warmup, args.scaled_lr, final)
 
             views = augment(images, generator(args.seed, "augment", step, args.device))
             torch.manual_seed(derived_seed(args.seed, "model", step))  # for what it draws
@@ -1412,6 +1413,7 @@ def base_parser(description):
     p.add_argument("--optimizer", choices=OPTIMIZERS, help="update rule")
     p.add_argument("--lr", type=positive, help="learning rate, for a batch of 256 if scaled")
     p.add_argument("--lr-scaling", choices=SCALINGS, default="linear", help="of lr with the batch")
+    p.add_argument("--schedule", choices=("cosine", "constant"), default="cosine", help="of lr")
     p.add_argument("--momentum", type=fraction, default=0.9, help="of sgd and lars")
     p.add_argument("--weight-decay", type=number(float, 0), help="not on 1-D tensors")
     p.add_argument("--warmup-epochs", type=number(float, 0), default=10.0, help="if not given: at "
