@@ -2,6 +2,7 @@
 which none tells another; whole views against torchvision's; what evaluation sees."""
 
 import itertools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch
 import torchvision
 import torchvision.transforms.functional as TF
 
+import carl_carp
 import common
 from common import Recipe
 
@@ -212,13 +214,19 @@ def test_no_draw_tells_another():
     assert correlation.abs().max() < 0.06  # of 3003 pairs; the deviation of one is .011
 
 
-def test_symmetric_and_asymmetric_recipes():
-    """SimCLR section A (jitter .8, .8, .8, .2 times strength) and BYOL table 6."""
+def test_recipes_of_methods():
+    """SimCLR section A (jitter .8, .8, .8, .2 times strength), BYOL table 6, S001 listing 3."""
     expected = Recipe((0.2, 1.0), (0.4, 0.4, 0.4, 0.1), 0.8, 0.2, blur_p=0.5, solarize_p=0)
     assert common.symmetric(2, strength=0.5, crop_min=0.2, blur=0.5) == [expected] * 2
     one, two, three = common.asymmetric(3)
     assert one == three == Recipe((0.08, 1.0), (0.4, 0.4, 0.2, 0.1), 0.8, 0.2, 1, solarize_p=0)
     assert two == Recipe((0.08, 1.0), (0.4, 0.4, 0.2, 0.1), 0.8, 0.2, blur_p=0.1, solarize_p=0.2)
+    args = SimpleNamespace(method="carl", views=3, color_strength=1.0, crop_min=0.15, blur=1.0)
+    assert carl_carp.make_recipes(args) == common.symmetric(3, crop_min=0.15, blur=1.0)
+    args.method = "carp"
+    one, two, three = carl_carp.make_recipes(args)
+    assert one == three == Recipe((0.15, 0.925), (0.8, 0.8, 0.8, 0.2), 0.8, 0.2, blur_p=1.0)
+    assert two == Recipe((0.15, 0.925), (0.8, 0.8, 0.8, 0.2), 0.8, 0.2, blur_p=0.1, solarize_p=0.2)
 
 
 # --------------------------------------------------------------------------------------------------
