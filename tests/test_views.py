@@ -93,8 +93,7 @@ def test_color_jitter_in_all_24_orders():
 
 
 def test_hue_where_channels_are_equal_or_nearly_so():
-    """Every colour of three levels, so two or three channels are equal, and the same with a
-    contrast of a few units in the last place."""
+    """Every colour of three levels; the same with a contrast of a few units in the last place."""
     colours = torch.tensor([*itertools.product([0.0, 0.5, 1.0], repeat=3)])  # [27, 3]
     x, shift = colours.T[None, :, :, None].repeat(13, 1, 1, 1), torch.linspace(-0.5, 0.5, 13)
     draws = *torch.ones(3, 13), shift, torch.arange(4).repeat(13, 1)
@@ -154,10 +153,9 @@ def test_crop_boxes_have_the_distribution_of_torchvision(height, width, scale):
 
 
 # Too wide: the central 4:3. Too high. Nothing that large fits: the whole image.
-@pytest.mark.parametrize(
-    "height, width, scale", [(200, 500, (0.6, 1)), (500, 200, (0.6, 1)), (30, 36, (2, 3))]
-)
-def test_box_where_no_try_fits(height, width, scale):
+@pytest.mark.parametrize("height, width, area", [(200, 500, 0.6), (500, 200, 0.6), (30, 36, 2)])
+def test_box_where_no_try_fits(height, width, area):
+    scale = area, area + 1
     boxes = common.random_resized_crop_params(50, height, width, scale, generator=rng())
     theirs = torchvision_boxes(1, height, width, scale)
     assert torch.stack(boxes).unique(dim=1).tolist() == theirs.tolist()
@@ -205,8 +203,7 @@ def numbers(d, n, side):
 
 
 def test_no_draw_tells_another():
-    """Of one image, of its other view, of the next image or of the next step: else a number would
-    serve twice."""
+    """Of the image, its other view, the next image or the next step: none serves twice."""
     n, augment = 8000, common.Augment([FIRST, FIRST], 32, MEAN, STD)
     now, later = (numbers(augment.draw(n, 64, 64, rng(seed)), n, 64) for seed in (0, 1))
     rows = torch.cat([now, later, now.roll(1, 1)])
@@ -230,7 +227,7 @@ def test_recipes_of_methods():
 
 
 # --------------------------------------------------------------------------------------------------
-# Whole views
+# Whole views, and what evaluation sees
 
 
 def torchvision_view(image, d, i, size, kernel_size):
@@ -262,9 +259,8 @@ def test_augment_equals_torchvision_with_the_same_draws(shape, size, kernel_size
 
 @pytest.mark.parametrize("policy", ["", "cifar10"])
 def test_padded_crops(policy):
-    """torchvision's RandomCrop(32, padding=4), flip and, where there is a policy, its AutoAugment
-    after a seed of the image's own, which leaves torch's numbers where they were. Each place is as
-    likely."""
+    """torchvision's RandomCrop(32, padding=4), flip and, with a policy, its AutoAugment, seeded for
+    the image, which leaves torch's numbers where they were. All places are as likely."""
     images = noise_bytes(30, 32) // 2 + 20  # not spread over all values, for what spreads them
     recipe = Recipe(jitter_p=0, gray_p=0, pad=4, policy=policy)
     augment, state = common.Augment([recipe] * 2, 32, MEAN, STD), torch.get_rng_state()
@@ -307,12 +303,7 @@ def test_views_on_cuda_equal_those_on_the_cpu():
     on_gpu = there.apply(images.to(cuda), {key: x.to(cuda) for key, x in d.items()})
     differs = (on_gpu.cpu() - here.apply(images, d)).abs() > 1e-3
     assert differs.double().mean() < 1e-4  # solarisation jumps at its threshold
-    views = there(images.to(cuda), torch.Generator(cuda).manual_seed(0))
-    assert all(view.is_cuda and view.isfinite().all() for view in views)
 
-
-# --------------------------------------------------------------------------------------------------
-# What evaluation sees
 
 # The central 7/8 of the shorter side (of 300: 262.5); all of it where the image is no larger.
 BOXES = [(256, 256, 224, (16, 16, 224, 224)), (300, 400, 224, (19, 69, 262, 262))]
