@@ -389,7 +389,7 @@ MODELS = {
     "barlow_twins": lambda b: BarlowTwins(b, 12, 6, loss_scale=0.1),
     "vicreg": lambda b: VICReg(b, 12, 6),
     "supcon": lambda b: SupConTCL(b, 3, "supcon", 12, 6),
-    "tcl": lambda b: SupConTCL(b, 3, "tcl", 12, 6),
+    "tcl": lambda b: SupConTCL(b, 3, "tcl", 12, 6, 0.2, 7.0, 3.0),
     "tcl_self_supervised": lambda b: SupConTCL(b, 3, "tcl", 12, 6, self_supervised=True),
     "cross_entropy": lambda b: SupConTCL(b, 3, "cross_entropy", 12, 6),
     "carl": lambda b: CARLCARP(b, 8, None, 12, 6),
@@ -460,7 +460,7 @@ def test_forward_is_the_mean_over_pairs_of_views(name, flipped):
         "barlow_twins": lambda: 0.1 * mean_over_pairs(barlow_twins_loss, z),
         "vicreg": lambda: mean_over_pairs(vicreg_loss, z),
         "supcon": lambda: supcon_loss(stack, y),
-        "tcl": lambda: tcl_loss(stack, y),
+        "tcl": lambda: tcl_loss(stack, y, 0.2, 7.0, 3.0),
         "tcl_self_supervised": lambda: tcl_loss(stack, image),
         "cross_entropy": lambda: F.cross_entropy(stack, y),
         "carl": lambda: mean_over_pairs(lambda a, b: carl_loss(a, b, 4.0), scores()),
@@ -471,7 +471,7 @@ def test_forward_is_the_mean_over_pairs_of_views(name, flipped):
     for value in terms.values():  # numbers, or scalars that keep no graph alive
         assert isinstance(value, float) or (value.ndim == 0 and not value.requires_grad)
     if "pull" in terms:
-        knobs = (0.1,) if name == "supcon" else (0.1, 5000.0, 1.0)
+        knobs = {"supcon": (0.1,), "tcl": (0.2, 7.0, 3.0)}.get(name, (0.1, 5000.0, 1.0))
         both = pull_and_push(stack, image if name == "tcl_self_supervised" else y, *knobs)
         torch.testing.assert_close((terms["pull"], terms["push"]), both)
     loss.backward()
