@@ -13,8 +13,10 @@ Loss (S003 eq. 2.25-2.26, S001 eq. 3.19-3.20), with Z standardised over the batc
     C    = Z_1^T Z_2 / B                                          [D, D] cross-correlation
     loss = sum_i (1 - C_ii)^2 + lambda * sum_{i != j} C_ij^2
 
-The scale: a sum over D and D^2 entries, so D features that say nothing cost about D, and lambda is
-tied to the D that it was tuned with.
+The scale: a sum over D and D^2 entries, so that lambda is tied to the D that it was tuned with.
+
+Starts at D, of features that say nothing, and (D + lambda D (D - 1)) / B, as chance correlations
+of B images have the variance 1 / B.
 
 Notation: f -> backbone, projector -> projector, Z -> z1, z2, C -> c, lambda -> off_diag_weight,
 n -> B.

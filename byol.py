@@ -13,6 +13,8 @@ Loss (S000 eq. 25, S003 eq. 2.20-2.21), with p = q(g(f(x))) online and z' of the
     L(p, z') = | p / |p| - z' / |z'| |^2 = 2 - 2 cos(p, z')
     loss     = mean over images of L(p_1, z'_2) + L(p_2, z'_1)        0 to 8; 4 for orthogonal ones
 
+Starts at 4: an untrained predictor's output is orthogonal to the target's, in so many dimensions.
+
 Target, after every optimiser step:
 
     xi  <- tau xi + (1 - tau) theta,    tau = 1 - (1 - tau_0) (cos(pi step / steps) + 1) / 2
@@ -142,6 +144,11 @@ PRESETS = {
     "cifar100": {},  # solo, htdt: as CIFAR-10
     "stl10": {"batch_size": 256, "blur": 1.0, "image_size": 96},  # InfoCL's batch, deepmind's blur
     "tiny_imagenet": {"image_size": 64},  # htdt: 64 pixels; the rest as on CIFAR-10
+    "imagenette": {  # S000 10.2, table 12: the batch that was best with ResNet-18
+        "image_size": 128,  # its code; the text says 32
+        "blur": 1.0,  # 10.2.1; view 2 a tenth, as in the code
+        "batch_size": 64,  # for 148000 steps: 1000 epochs
+    },
     # Epochs and batch are solo's; its lr .5 is a ceiling in a LARS that clips; its predictor: 8192.
     "imagenet100": IMAGENET | {"epochs": 400, "batch_size": 256},
     "imagenet": IMAGENET | {"arch": "resnet50", "epochs": 100, "batch_size": 4096},  # deepmind

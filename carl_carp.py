@@ -17,6 +17,7 @@ Loss, with q_v the softmax over the prototypes (of a block) of the scores of vie
 
 kl is the divergence of the mean assignment from uniform use: 0 if all prototypes are used alike,
 log K if one takes all. lambda_e falls linearly from kl_start to kl_end, then stays (eq. 5.8).
+Starts at log K (CARP: log N_B): all prototypes are as likely, views agree by chance, and kl is 0.
 
 Notation: p -> q1, q2, c -> prototypes, N_P -> num_blocks, N_B = K / N_P, lambda_e -> kl_weight.
 
@@ -26,8 +27,7 @@ Result: see README.md, section Results.
 Differences. Some of S001 does not work as printed; here is what it means.
  1. Listing 2 adds the entropy of qbar to the loss. To minimise it is to send every image to one
     prototype (--ablate kl collapses the same way); eq. 5.5 has the other sign. The listing also
-    sums over the second dimension of a vector, and takes an entropy for each view: eq. 5.6 has one
-    mean, and here it is over the images and both views.
+    takes an entropy for each view: eq. 5.6 has one mean, here over the images and both views.
  2. Eq. 6.4 divides a block's softmax by a sum over all K: a block would hold less than all of the
     probability, and agreement within it would never cost nothing. Here: the sum is over the block.
  3. Eq. 6.6 adds log K once, whatever the number of blocks: for K = 3000, N_P = 12 the least value
@@ -36,9 +36,14 @@ Differences. Some of S001 does not work as printed; here is what it means.
  5. The listing stops one side's gradient (half of ours, same direction) and adds two entropies: its
     lambda_e may weigh up to four times as much. Here: the equations, and lambda_e as printed.
  6. sthalles/carp is the later, published CARP with a momentum teacher. This is the thesis's.
- 7. All views pass in one batch: S001 does not say. More than two: the mean over their pairs.
+ 7. All views pass in one batch, as in listing 2. More than two: the mean over their pairs.
+ 8. CARP's views are those of listing 3; S001 6.5.3 says crops from .125 on, and blur with p = .5.
+ 9. S001's rates end at .0006 (CARL) and .00054 (CARP), ours at 0. CARP's 5.4, there for batch 256,
+    is .45 * 3072 / 256, the rule of sthalles/carp for 3072 images. Here: .45 for each 256.
+10. On STL-10, S001 (5.7.3) pretrains on the unlabelled images alone, ours on the 5000 others, too.
 """
 
+import dataclasses
 import itertools
 
 import torch
@@ -51,9 +56,8 @@ import common
 def carl_loss(logits1: torch.Tensor, logits2: torch.Tensor, kl_weight: float = 1.0) -> torch.Tensor:
     """Consistency of the two views' assignments plus kl_weight times the KL to uniform use.
 
-    logits1, logits2: [B, K] scores of the prototypes; no temperature, nothing normalised. Returns a
-    scalar in nats, in float32 at least. S001 eq. 5.4 + kl_weight * eq. 5.5, with the mean
-    assignment (5.6) over both views."""
+    logits1, logits2: [B, K] scores of the prototypes, nothing normalised. Returns a scalar in nats,
+    in float32 at least. S001 eq. 5.4 + kl_weight * eq. 5.5, with the mean (5.6) over both views."""
     with torch.autocast(logits1.device.type, enabled=False):
         dtype = torch.promote_types(logits1.dtype, torch.float32)
         log_q1 = F.log_softmax(logits1.to(dtype), dim=1)  # [B, K]
@@ -68,18 +72,14 @@ def carl_loss(logits1: torch.Tensor, logits2: torch.Tensor, kl_weight: float = 1
 
 
 def carp_loss(
-    logits1: torch.Tensor,
-    logits2: torch.Tensor,
-    num_blocks: int,
-    kl_weight: float = 1.0,
+    logits1: torch.Tensor, logits2: torch.Tensor, num_blocks: int, kl_weight: float = 1.0,
     permutation: torch.Tensor | None = None,
-) -> torch.Tensor:
+) -> torch.Tensor:  # fmt: skip
     """carl_loss within each of num_blocks blocks of prototypes, averaged over the blocks.
 
     logits1, logits2: [B, K], K a multiple of num_blocks (else ValueError). permutation: int64 [K],
     the order in which prototypes are dealt to blocks, the same for both views; random if None.
-    Returns a scalar in nats, in float32 at least; with one block it is carl_loss. S001 eq. 6.5-6.7,
-    the softmax and the log over the N_B = K / num_blocks prototypes of the block."""
+    Returns a scalar in nats, in float32 at least; of one block, carl_loss. S001 eq. 6.5-6.7."""
     (batch, k), block = logits1.shape, logits1.shape[1] // num_blocks
     if k != num_blocks * block:
         raise ValueError(f"{k} prototypes cannot be cut into {num_blocks} blocks of one size")
@@ -147,17 +147,26 @@ class CARLCARP(nn.Module):
         self.kl_weight.fill_(0.0 if self.ablate == "kl" else weight)
 
 
+def make_recipes(args):
+    """CARL: SimCLR's views (S001 5.8.3). CARP (listing 3): the same jitter, crops up to .925; blur
+    with p = `blur`, in every second view a tenth of it, with solarisation at p = .2."""
+    recipes = common.symmetric(args.views, args.color_strength, args.crop_min, args.blur)
+    if args.method == "carl":
+        return recipes
+    first = dataclasses.replace(recipes[0], scale=(min(args.crop_min, 0.925), 0.925))
+    second = dataclasses.replace(first, blur_p=args.blur / 10, solarize_p=0.2)
+    return [(first, second)[v % 2] for v in range(args.views)]
+
+
 # S001: chapters 5.6-5.8 (CARL) and 6.5 (CARP).
 IMAGENET = {  # S001 6.5, which is CARP's; for CARL there is none
     "arch": "resnet50",  # 6.5
     "num_prototypes": 3000,  # 6.5
-    "crop_min": 0.15,  # listing 3: .15 to .925; text: .125 to .925; here to 1
-    "blur": 0.5,  # text; listing 3: view 1 always, view 2 a tenth and solarised. Here: symmetric
+    "crop_min": 0.15,  # listing 3
     "optimizer": "lars",  # 6.5
-    "lr": 0.45,  # 5.4 with batch 256, says the text; it is .45 * 3072 / 256, so we take it for 3072
+    "lr": 0.45,  # difference 9
     "warmup_epochs": 0,  # none is mentioned
     "image_size": 224,  # 6.5
-    "hidden_dim": 2048,  # 6.5: as wide as h
 }
 CARP_IMAGENET = {"num_prototypes": 3000, "num_blocks": 12}  # S001 6.5
 CARP_IMAGENET |= {"kl_start": 2.0, "kl_end": 0.15, "kl_decay": 0.15}  # over 30 of 200 epochs
@@ -173,13 +182,14 @@ PRESETS = {
         "weight_decay": 1e-6,  # as our SimCLR's
         "batch_size": 256,  # S001, as 200 epochs
     },
-    "carp": {"num_blocks": 4, "num_prototypes": 256},  # none published for small images: ours
+    "carp": {"blur": 1.0, "num_blocks": 4, "num_prototypes": 256},  # listing 3; the rest is ours
     "cifar10": {"color_strength": 0.5},  # google's SimCLR: S001 cites SimCLR, without a strength
     "cifar100": {"num_prototypes": 300, "color_strength": 0.5},  # S001; the same
     "stl10": {"num_prototypes": 300, "kl_start": 2.0, "kl_end": 1.0, "image_size": 96},  # S001
-    "tiny_imagenet": {"num_prototypes": 3000, "image_size": 64},  # S001, ImageNet at 64 pixels
+    "imagenet64": {"num_prototypes": 3000, "image_size": 64},  # S001 5.8.4
+    "tiny_imagenet": {"num_prototypes": 3000, "image_size": 64},  # not in S001: as imagenet64
     "imagenet": IMAGENET,
-    "imagenet100": IMAGENET | {"arch": "resnet18", "hidden_dim": 512},  # as wide as its h
+    "imagenet100": IMAGENET | {"arch": "resnet18"},
     **dict.fromkeys(["imagenet100 carp", "imagenet carp"], CARP_IMAGENET),
     "shapes": {  # ours: seconds an epoch on two cores
         "epochs": 10,
@@ -192,6 +202,7 @@ PRESETS = {
         "color_strength": 0.5,
         "knn_every": 5,
     },
+    "shapes carp": {"blur": 0.0},
 }
 
 
@@ -203,19 +214,20 @@ def main():
     parser.add_argument("--kl-start", type=weight, help="lambda_e at first, b")
     parser.add_argument("--kl-end", type=weight, help="lambda_e at last, a")
     parser.add_argument("--kl-decay", type=common.fraction, help="share of the run, E")
-    parser.add_argument("--hidden-dim", type=common.count, default=512, help="of the heads")
+    parser.add_argument("--hidden-dim", type=common.count, help="of the heads (default: as h)")
     parser.add_argument("--dim", type=common.count, default=128, help="of z, D, S001 128")
     parser.add_argument("--ablate", choices=("kl",), help="see it collapse")
     args = common.parse_args(parser, PRESETS, "method")
     k, blocks = args.num_prototypes, args.num_blocks if args.method == "carp" else None
-    wrong = f"--num-prototypes {k} is not a multiple of --num-blocks {blocks}"
-    common.check(blocks is None or k % blocks == 0, wrong)
+    wrong = f"--num-prototypes {k} is not a multiple of --num-blocks {blocks} (twice it or more)"
+    common.check(blocks is None or k % blocks == 0 and k > blocks, wrong)
     data = common.prepare(args, args.method)
     backbone = common.resnet(args.arch, args.stem)
+    args.hidden_dim = args.hidden_dim or backbone.num_features  # S001 5.8.2, 6.5.2
+    common.say("heads", f"{args.hidden_dim} hidden units; by default as many as h has")
     kl = args.kl_start, args.kl_end, args.kl_decay
     model = CARLCARP(backbone, k, blocks, args.hidden_dim, args.dim, *kl, args.ablate)
-    recipes = common.symmetric(args.views, args.color_strength, args.crop_min, args.blur)
-    common.train(args.method, model, data, recipes, args)
+    common.train(args.method, model, data, make_recipes(args), args)
 
 
 if __name__ == "__main__":

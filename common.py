@@ -84,7 +84,8 @@ def train(method, model, data, recipes, args):
         for images, labels in training_batches(data.pretrain, epoch, args, recipes, skip):
             warmup, total = args.warmup_epochs * steps, args.epochs * steps
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, total, warmup, args.scaled_lr)
+                final = args.scaled_lr if args.schedule == "constant" else 0.0
+                group["lr"] = learning_rate(step, total, warmup, args.scaled_lr, final)
 
             views = augment(images, generator(args.seed, "augment", step, args.device))
             torch.manual_seed(derived_seed(args.seed, "model", step))  # for what it draws
@@ -1554,6 +1555,7 @@ def base_parser(description):
     add = p.groups["training"].add_argument
     add("--optimizer", choices=OPTIMIZERS, help="update rule")
     add("--lr-scaling", choices=SCALINGS, default="linear", help="of lr with the batch")
+    add("--schedule", choices=("cosine", "constant"), default="cosine", help="of lr")
     add("--momentum", type=fraction, default=0.9, help="of sgd and lars")
     add("--weight-decay", type=number(float, 0), help="not on 1-D tensors")
     add("--warmup-epochs", type=number(float, 0), default=10.0, help="if not given: at "

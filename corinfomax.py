@@ -16,14 +16,18 @@ Loss (S003 eq. 4.2-4.5, algorithm 1), each z L2-normalised, for each branch q = 
 mse is the mean over n and D. The trace of a covariance of unit vectors is at most 1, so that each
 log-determinant is at most -D log D and the loss at least 2 log D, once R has forgotten its start.
 
+Starts at 2 alpha (1 - c) / D - 2 log(lambda + (1 - lambda) (1 - c) / D), c the mean cosine of two
+projections (.64: 11 by default): what they vary by is in all directions alike, and R was I.
+
 Notation: lambda -> forgetting, alpha -> alpha, eps -> eps, R -> R1, R2, mu -> mu1, mu2, n -> B.
 
 Run:    python corinfomax.py --dataset cifar10 --epochs 200
 Result: see README.md, section Results.
 
 Differences
- 1. Eq. 4.2 has 2 / (eps n) before the squared distance; S003 5.2.5 replaces that by alpha, but the
-    official code's alpha * mse is D alpha / n of it. Here: the code, whose alphas were tuned.
+ 1. Eq. 4.2 has 2 / (eps n) before the squared distance, for which S003 5.2.5 puts alpha. With the
+    alpha * mse of algorithm 1 and the official code it is alpha / (n D), and alpha / n of the loss
+    times D, which is eq. 4.2: alpha stands for 2 / eps. Here: the code.
  2. Eq. 4.2 and algorithm 1 leave out what the code does and the loss needs: z is L2-normalised (the
     log-determinant has no bound otherwise), R and mu carry no gradient from one step to the next,
     and covariance, log-determinant and state are float64.
@@ -33,9 +37,10 @@ Differences
     mentions batch norm for ImageNet and is silent about the rest.
  6. Each view passes through the networks by itself, as in the official code, whose ResNet starts
     its residual branches at zero; torchvision's, here, does not. The code's flag has eps 1e-6.
- 7. The learning rate moves with every step, the official one with every epoch; weight decay spares
-    biases and norms.
- 8. More than two views (--views): the mean over pairs, each updating the state in turn.
+ 7. The learning rate moves with every step, the official one with every epoch, and ends at 0, not
+    at 1e-6 (ImageNet-100: .005; S003 B.2); weight decay spares biases and norms.
+ 8. The ldmi that is logged is of the batch's covariances, not of recursive ones (eq. 4.6).
+ 9. More than two views (--views): the mean over pairs, each updating the state in turn.
 """
 
 import argparse
@@ -117,9 +122,8 @@ class CorInfoMax(nn.Module):
     def forward(self, views, y=None):
         """views: V of [B, 3, H, W]; y: [B], not used. Returns (loss, terms).
 
-        loss_inv, ldmi (S003 eq. 3.6): of the batch, views 1 and 2; ldmi says nothing with B <= 2D,
-        as on shapes. eig_...: quantiles of the eigenvalues of R1, from the least to the largest.
-        S003 figures 5.1-5.3."""
+        loss_inv, ldmi (S003 eq. 3.6): of the batch, views 1 and 2; ldmi says nothing with B <= 2D.
+        eig_...: quantiles of the eigenvalues of R1, rising. S003 figures 5.1-5.3."""
         h = common.forward_views(self.backbone, views, self.concat_views)  # V of [B, F]
         z = common.forward_views(self.projector, h, self.concat_views)  # V of [B, D]
         z = common.gather(z)  # from all processes

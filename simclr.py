@@ -16,6 +16,8 @@ The denominator holds the positive; only the anchor itself is left out. log(2B -
 mutual information of two views from below (InfoNCE: S000 proposition 7, with 2B - 1 candidates).
 It is logged as `mi_bound`, in nats: 0 at chance, and never above log(2B - 1).
 
+Starts at log(2B - 1): to an untrained network all other views are as likely to be the positive.
+
 Notation: f -> backbone, g -> projector, h -> h, z -> z, tau -> temperature, N (images) -> B.
 
 Run:    python simclr.py --dataset cifar10 --epochs 200
@@ -84,7 +86,6 @@ IMAGENET = {
     "color_strength": 1.0,  # google
     "blur": 0.5,  # google
     "temperature": 0.1,  # google, 100 epochs
-    "hidden_dim": 2048,  # google: the width of its ResNet-50
     "batch_size": 4096,  # google
     "optimizer": "lars",  # google
     "lr": 1.2,  # google: .075 sqrt(batch), the same at every batch
@@ -94,7 +95,6 @@ IMAGENET = {
 }
 PRESETS = {
     "default": {
-        "hidden_dim": 512,  # S001, InfoCL; google: the encoder's width, which is that
         "dim": 128,  # S001, google
         "temperature": 0.2,  # solo, CIFAR; S000 10.1: .25 beats .5, .75 and 1
         "color_strength": 0.5,  # google, CIFAR-10
@@ -118,6 +118,18 @@ PRESETS = {
     "imagenet": IMAGENET | {"arch": "resnet50", "epochs": 100},  # google
     "tiny_imagenet": {"image_size": 64},  # htdt: 64 pixels, and lr 2e-3 for 512 images, as here
     "cifar10": {},
+    "s002": {  # Section 4; what it leaves out is from its code, Haoqing-Wang/InfoCL
+        "epochs": 30,
+        "batch_size": 256,
+        "optimizer": "adam",
+        "lr": 3e-4,
+        "lr_scaling": "none",
+        "schedule": "constant",
+        "warmup_epochs": 0,
+        "weight_decay": 0.0,  # InfoCL
+        "temperature": 0.5,  # InfoCL
+        "color_strength": 1.0,  # InfoCL
+    },
     "cifar100": {},  # solo, htdt: as CIFAR-10
     "shapes": {  # ours: seconds an epoch on two cores
         "epochs": 8,
@@ -135,11 +147,14 @@ PRESETS = {
 def main():
     parser = common.base_parser(__doc__)
     parser.add_argument("--temperature", type=common.positive, help="tau, paper .5")
-    parser.add_argument("--hidden-dim", type=common.count, help="of the projector")
+    parser.add_argument("--hidden-dim", type=common.count, help="of the projector (default: as h)")
     parser.add_argument("--dim", type=common.count, help="of the projections, D")
-    args = common.parse_args(parser, PRESETS)
-    data = common.prepare(args, "simclr")
+    parser.add_argument("--recipe", choices=("s002",), help="a thesis's; add --increase-mi rc, lbe")
+    args = common.parse_args(parser, PRESETS, "recipe")
+    data = common.prepare(args, f"simclr_{args.recipe}" if args.recipe else "simclr")
     backbone = common.resnet(args.arch, args.stem)
+    args.hidden_dim = args.hidden_dim or backbone.num_features  # google; S001 5.8.2
+    common.say("projector", f"{args.hidden_dim} hidden units; by default as many as h has")
     model = SimCLR(backbone, args.hidden_dim, args.dim, args.temperature)
     recipes = common.symmetric(args.views, args.color_strength, args.crop_min, args.blur)
     common.train("simclr", model, data, recipes, args)

@@ -3,11 +3,10 @@
 P. Khosla, P. Teterwak, C. Wang et al.: Supervised Contrastive Learning, 2020, arXiv:2004.11362
 C. Animesh, M. Chandraker: Tuned Contrastive Learning, 2023, arXiv:2305.10675 (S004)
 
-Idea. SupCon is SimCLR in which all views of all images of a class are positives: it uses the labels
-of the training images. TCL has two knobs in the denominator: k1 adds a term that grows as a
-positive moves away, so that hard positives pull harder; k2 multiplies the negatives, so that they
-push harder. With --self-supervised, the positives are the views of the same image, three of them,
-and no label is read. --loss cross_entropy is the supervised baseline, a linear classifier.
+Idea. SupCon is SimCLR in which all views of all images of a class are positives: it uses labels. In
+TCL's denominator, k1 adds a term that grows as a positive moves away, so that hard positives pull
+harder; k2 multiplies the negatives, so that they push harder. With --self-supervised, positives are
+an image's views, three of them, and no label is read. --loss cross_entropy: a linear classifier.
 
 Loss, for the anchor i, its positives P(i), its negatives N(i), all among the other M - 1 views:
 
@@ -17,6 +16,8 @@ Loss, for the anchor i, its positives P(i), its negatives N(i), all among the ot
                                      + k2 sum_{N(i)} exp(z_i.z_n / tau)
     loss = mean of l_i over the anchors that have a positive; k1 = 0, k2 = 1 is SupCon
 
+Starts at log(M - 1), as every z.z is some c; TCL at log(|P| + k1 |P| exp(-c - c / tau) + k2 |N|).
+
 Notation: z -> z, tau -> temperature, P(i) -> positive, N(i) -> negative, I -> the M = VB views.
 
 Run:    python supcon_tcl.py --dataset cifar10 --loss tcl --epochs 100
@@ -25,11 +26,10 @@ Result: see README.md, section Results. Without --self-supervised it used the tr
 Differences
  1. S004 sums over the anchors; its code and ours average. HobbitLong/SupContrast multiplies by
     tau / .07. solo-learn's "SupCon" sums the positives inside the log (L_in). Here: L_out, plain.
- 2. The released TCL code divides by the denominator of the positive's row, not of the anchor's;
-    the mean over the batch is the same because positives are symmetric. Here: the anchor's.
- 3. An anchor without a positive is left out of the mean. Released TCL: NaN. S004: k1, k2 >= 1.
- 4. --batch-size counts images. S004's tables count views: its 128 are 64 images of two views.
- 5. Self-supervised TCL is in no released code. S004 does not name its temperature; solo-learn's
+ 2. The released TCL code divides by the denominator of the positive's row, not of the anchor's: the
+    same mean. An anchor without a positive makes it NaN; here it is left out. S004: k1, k2 >= 1.
+ 3. --batch-size counts images. S004's tables count views: its 128 are 64 images of two views.
+ 4. Self-supervised TCL is in no released code. S004 does not name its temperature; solo-learn's
     SimCLR, with whose settings S004 A.3 compares, has .2. Its clipped LARS is replaced by Adam.
 """
 
@@ -45,9 +45,8 @@ import common
 def supcon_loss(z: torch.Tensor, y: torch.Tensor, temperature: float = 0.1) -> torch.Tensor:
     """SupCon (L_out), the mean over the anchors that have a positive.
 
-    z: [M, D] projections of all views, not normalised; y: [M] the class of each, or the image that
-    it is a view of. Returns a scalar in nats, in float32 at least; 0 if no anchor has a positive.
-    S004 eq. 3.2."""
+    z: [M, D] projections of all views, not normalised; y: [M] the class of each, or its image.
+    Returns a scalar in nats, in float32 at least; 0 if no anchor has a positive. S004 eq. 3.2."""
     with torch.autocast(z.device.type, enabled=False):  # half precision would blur the softmax
         z = F.normalize(z.to(torch.promote_types(z.dtype, torch.float32)), dim=1, eps=1e-4)
         sim = z @ z.T / temperature  # [M, M]
@@ -83,6 +82,26 @@ def tcl_loss(
         return per_anchor.sum() / (count > 0).sum().clamp(min=1)
 
 
+@torch.no_grad()
+def pull_and_push(z, y, temperature=0.1, k1=0.0, k2=1.0):
+    """How hard positives pull and negatives push: tau |dl_i / d(z_i.z_j)|, its mean over the
+    positives (negatives) j of an anchor i, then over the anchors that have a positive.
+
+    z, y: as for tcl_loss; the defaults are SupCon. S004 5.4, eq. 3.5-3.6, 4.6-4.9, 4.19."""
+    with torch.autocast(z.device.type, enabled=False):
+        z = F.normalize(z.to(torch.promote_types(z.dtype, torch.float32)), dim=1, eps=1e-4)
+        cosine, itself = z @ z.T, torch.eye(len(z), dtype=torch.bool, device=z.device)
+        positive, negative = (y[:, None] == y) & ~itself, y[:, None] != y
+        near = ((cosine - 1) / temperature).exp()  # all over exp(1 / tau), which might overflow
+        hard = k1 * (-cosine - 1 / temperature).exp()
+        d = ((near + hard) * positive + k2 * near * negative).sum(1, keepdim=True).clamp(min=1e-30)
+        count = positive.sum(1, keepdim=True).clamp(min=1)  # |P(i)|
+        pull = (1 / count - near / d + temperature * hard / d).abs() * positive  # Eq. 4.19
+        anchor = positive.any(1, keepdim=True)
+        push = k2 * near / d * (negative & anchor) / negative.sum(1, keepdim=True).clamp(min=1)
+        return tuple(x.sum() / anchor.sum().clamp(min=1) for x in (pull / count, push))
+
+
 class SupConTCL(nn.Module):
     """views -> backbone -> h -> head -> z -> loss. self_supervised: y is not read."""
 
@@ -97,7 +116,7 @@ class SupConTCL(nn.Module):
             self.head = nn.Linear(features, num_classes)
         self.loss, self.self_supervised = loss, self_supervised
         self.concat_views = True  # as in the official code
-        self.temperature, self.k1, self.k2 = temperature, k1, k2
+        self.knobs = (temperature, k1, k2) if loss == "tcl" else (temperature,)
 
     def forward(self, views, y):
         """views: V of [B, 3, H, W]; y: [B]. Returns (loss, terms)."""
@@ -107,17 +126,11 @@ class SupConTCL(nn.Module):
         images = torch.arange(len(z[0]), device=z[0].device)  # each its own class
         y = images if self.self_supervised else common.gather([y])[0]  # from all processes
         z, y = torch.cat(z), y.repeat(len(views))  # [VB, D], or scores of the classes; [VB]
+        terms = {"labels_used": float(not self.self_supervised)}
         if self.loss == "cross_entropy":
-            loss = F.cross_entropy(z.to(torch.promote_types(z.dtype, torch.float32)), y)
-        elif self.loss == "tcl":
-            loss = tcl_loss(z, y, self.temperature, self.k1, self.k2)
-        else:
-            loss = supcon_loss(z, y, self.temperature)
-        return loss, {"labels_used": float(not self.self_supervised)}
-
-
-LOSSES = ("supcon", "tcl", "cross_entropy")
-AUGMENTS = ("autoaugment", "crop_flip", "simaugment")
+            return F.cross_entropy(z.to(torch.promote_types(z.dtype, torch.float32)), y), terms
+        terms["pull"], terms["push"] = pull_and_push(z, y, *self.knobs)
+        return (tcl_loss if self.loss == "tcl" else supcon_loss)(z, y, *self.knobs), terms
 
 
 def make_recipes(args):
@@ -127,12 +140,12 @@ def make_recipes(args):
     if args.augment == "simaugment":
         return common.symmetric(args.views, args.color_strength, args.crop_min, args.blur)
     policy = "cifar10" if args.augment == "autoaugment" else ""
-    recipe = common.Recipe(jitter_p=0, gray_p=0, pad=4, policy=policy)
-    return [recipe] * args.views
+    return [common.Recipe(jitter_p=0, gray_p=0, pad=4, policy=policy)] * args.views
 
 
-# S004: appendix A, on CIFAR for ResNet-50 (hidden_dim 2048). Learning rates are for the batch they
-# stand beside, without scaling. For cross-entropy S004 5.1 has no settings: here those of SupCon.
+# S004: appendix A, on CIFAR for ResNet-50. Learning rates are for the batch they stand beside,
+# without scaling. For cross-entropy S004 5.1 has no settings: here those of SupCon.
+LARGE = {"image_size": 224, "lr": 0.3, "k1": 4000.0, "batch_size": 128}  # A.1, ImageNet-100
 SHAPES = {  # ours: seconds an epoch on two cores
     "augment": "simaugment",
     "color_strength": 0.5,
@@ -146,46 +159,30 @@ SHAPES = {  # ours: seconds an epoch on two cores
     "knn_every": 4,
 }
 PRESETS = {
-    "default": {
-        "augment": "autoaugment",  # A.1
-        "temperature": 0.1,  # A.1
-        "k1": 5000.0,  # A.1, CIFAR-10
-        "k2": 1.0,  # A.1
-        "hidden_dim": 512,  # 5.1, ResNet-18
-        "dim": 128,  # 5.1
-        "optimizer": "sgd",  # A.1
-        "lr": 0.1,  # A.1, CIFAR-10
-        "lr_scaling": "none",  # A.1: rates are given for each batch
-        "weight_decay": 1e-4,  # A.1
-        "warmup_epochs": 0,  # released code: none
-        "epochs": 100,  # A.1
-        "batch_size": 64,  # A.1: 128 views
-    },
+    "default": {"augment": "autoaugment", "temperature": 0.1, "k1": 5000.0, "k2": 1.0}  # A.1
+    | {"optimizer": "sgd", "lr": 0.1, "weight_decay": 1e-4, "epochs": 100}  # A.1, as on CIFAR-10
+    | {"batch_size": 64, "lr_scaling": "none"}  # A.1: 128 views; rates are given for each batch
+    | {"dim": 128, "warmup_epochs": 0},  # 5.1; released code: none
     "self_supervised": {
         "augment": "simaugment",  # A.3: as solo-learn's SimCLR, so crops from .08, full jitter
         "blur": 0.5,  # A.3
         "views": 3,  # 4.2
         "temperature": 0.2,  # solo-learn's SimCLR
-        "k1": 1.0,  # A.3
-        "k2": 1.5,  # A.3
-        "hidden_dim": 2048,  # A.3
-        "dim": 256,  # A.3
-        "optimizer": "adam",  # as our SimCLR; A.3: LARS (in solo-learn clipped), lr .5
-        "lr": 1e-3,  # as our SimCLR's, for 256 images
-        "weight_decay": 1e-6,  # as our SimCLR's; A.3: 1e-4
+        "optimizer": "adam",  # with lr and decay as our SimCLR; A.3: LARS (solo-learn's), .5, 1e-4
+        "lr": 1e-3,
+        "weight_decay": 1e-6,
         "warmup_epochs": 10,  # solo-learn
         "epochs": 200,  # A.3: 1000
-        "batch_size": 256,  # A.3
-    },
+    }
+    | {"k1": 1.0, "k2": 1.5, "hidden_dim": 2048, "dim": 256, "batch_size": 256},  # A.3
     "cifar10": {},
     "cifar100": {"lr": 0.2, "k1": 4000.0, "batch_size": 128},  # A.1, 256 views
     "fashion_mnist": {"augment": "crop_flip", "lr": 0.09},  # A.1
     "stl10": {"image_size": 96},  # not in S004: as CIFAR-10
     "tiny_imagenet": {"image_size": 64, "lr": 0.2, "k1": 4000.0, "batch_size": 128},  # as CIFAR-100
-    "imagenet100": {"image_size": 224, "lr": 0.3, "k1": 4000.0, "batch_size": 128},  # A.1
+    **dict.fromkeys(["imagenet100", "imagenet"], LARGE),
     **dict.fromkeys(["imagenet100 supcon", "imagenet supcon"], {"lr": 0.2}),  # A.1
     "imagenet100 self_supervised": {"hidden_dim": 4096, "epochs": 400},  # A.3
-    "imagenet": {"image_size": 224, "lr": 0.3, "k1": 4000.0, "batch_size": 128},  # the same
     "imagenet self_supervised": {"hidden_dim": 4096},  # not in S004: as ImageNet-100
     "shapes": SHAPES,
     "shapes self_supervised": SHAPES | {"epochs": 6},  # three views
@@ -194,13 +191,17 @@ PRESETS = {
 
 def main():
     parser, weight = common.base_parser(__doc__), common.number(float, 0)
-    parser.add_argument("--loss", choices=LOSSES, default="supcon", help="see above")
+    losses, augments = (
+        "supcon tcl cross_entropy".split(),
+        "autoaugment crop_flip simaugment".split(),
+    )
+    parser.add_argument("--loss", choices=losses, default="supcon", help="see above")
     parser.add_argument("--self-supervised", action="store_true", help="use no labels")
-    parser.add_argument("--augment", choices=AUGMENTS, help="kind of views")
+    parser.add_argument("--augment", choices=augments, help="kind of views")
     parser.add_argument("--temperature", type=common.positive, help="tau")
     parser.add_argument("--k1", type=weight, help="pull of hard positives, TCL")
     parser.add_argument("--k2", type=weight, help="push of negatives, TCL")
-    parser.add_argument("--hidden-dim", type=common.count, help="of the projector")
+    parser.add_argument("--hidden-dim", type=common.count, help="of the projector (default: as h)")
     parser.add_argument("--dim", type=common.count, help="of the projections, D")
     args = common.parse_args(parser, PRESETS, "loss", "self_supervised")
     supervised, needless = not args.self_supervised, "--loss cross_entropy needs labels"
@@ -212,9 +213,20 @@ def main():
         few = f"--batch-size {args.batch_size} exceeds the {len(data.train)} labelled images"
         common.check(args.batch_size <= len(data.train), few)
     print(f"labels of the training images: {'USED' if supervised else 'not used'}")
-    backbone, heads = common.resnet(args.arch, args.stem), (args.hidden_dim, args.dim)
-    knobs = args.temperature, args.k1, args.k2, args.self_supervised
-    model = SupConTCL(backbone, len(data.classes), args.loss, *heads, *knobs)
+    backbone = common.resnet(args.arch, args.stem)
+    args.hidden_dim = args.hidden_dim or backbone.num_features  # S004 5.1
+    common.say("head", f"{args.hidden_dim} hidden units, as many as h has by default, or linear")
+    heads, knobs = (args.hidden_dim, args.dim), (args.temperature, args.k1, args.k2)
+    model = SupConTCL(backbone, len(data.classes), args.loss, *heads, *knobs, args.self_supervised)
+
+    def report(progress):  # S004 5.1, S001 5.8.5: the baseline's own accuracy
+        if progress == 1:
+            h = common.encode(model.backbone, data.test, args, data)
+            top1, _ = common.top_accuracies(model.head(h), data.test.labels)
+            print(f"linear head, top-1 on the test images {top1:.1%}")
+
+    if args.loss == "cross_entropy" and data.test is not None:
+        model.after_step = report
     common.train(name, model, data, make_recipes(args), args)
 
 

@@ -14,6 +14,9 @@ Loss (S003 eq. 2.27-2.32, in the units of facebookresearch/vicreg main_vicreg.py
     c    = 1 / D * sum_{i != j} Cov(Z)_ij^2                        Cov with 1 / (n - 1)
     loss = lambda s + mu (v_1 + v_2) / 2 + nu (c_1 + c_2)
 
+Starts near 25 * 2 v + 25 (1 - sqrt v) = 22: batch norm, ReLU and torch's initial weights leave
+projections the variance v = (1/2 - 1/(2 pi)) / 3 = .114, and two views have nothing in common yet.
+
 Notation: lambda -> sim_weight, mu -> var_weight, nu -> cov_weight, n -> B, d -> D, Z -> z1, z2.
 
 Run:    python vicreg.py --dataset cifar10 --epochs 200

@@ -540,6 +540,26 @@ def test_supervised_training_leaves_unlabeled_images_out(small):
     assert "32" in message and "16 labelled" in message
 
 
+def test_cross_entropy_reports_its_own_head(small):
+    """The share of test images that encoder and head classify rightly, in eval mode."""
+    data = store(toy(), "toy.pt")
+    printed = succeed("supcon_tcl --loss cross_entropy", *THREE_EPOCHS, "--out", "run")
+    weights, encoder = load("run/checkpoint.pt")["model"], common.resnet().eval()
+    encoder.load_state_dict(load("run/encoder.pt")["state_dict"])
+    images, labels = load(data)["test"].values()
+    loaded = common.load_dataset(str(data))
+    views = common.evaluation_view(images, 16, loaded.mean, loaded.std)
+    scores = encoder(views) @ weights["head.weight"].T + weights["head.bias"]
+    right = (scores.argmax(1) == labels).double().mean()
+    assert f"linear head, top-1 on the test images {right:.1%}" in printed.splitlines()
+
+
+def test_recipe_of_s002(small):
+    """S002 4: Adam at 3e-4, which stays; a folder of its own."""
+    succeed("simclr --recipe s002", *THREE_EPOCHS, "--optimizer", "adam", "--lr", "3e-4")
+    assert [entry["lr"] for entry in read_log("runs/simclr_s002_toy_resnet18")] == [3e-4] * 3
+
+
 def test_self_supervised_settings_hold_on_every_dataset(small):
     """Labels, or their absence, decide on the views and the optimiser, not the dataset."""
     Path("data").mkdir()
@@ -785,6 +805,7 @@ REFUSED = [  # flags after those of a run that is all right, perhaps with a scri
     ("--device abacus", "--device abacus cannot be used here"),
     ("--out file/run", "file"),
     ("carl_carp --method carp --num-prototypes 10 --num-blocks 3", "10 is not a multiple of"),
+    ("carl_carp --method carp --num-prototypes 9 --num-blocks 9", "of --num-blocks 9 (twice it"),
     ("supcon_tcl --loss cross_entropy --self-supervised", "cross_entropy needs labels"),
 ]
 

@@ -2,6 +2,7 @@
 which none tells another; whole views against torchvision's; what evaluation sees."""
 
 import itertools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch
 import torchvision
 import torchvision.transforms.functional as TF
 
+import carl_carp
 import common
 from common import Recipe
 
@@ -67,11 +69,8 @@ def test_resized_crop(shape, size, interpolation):
     close(common.resized_crop(x, *boxes, size, interpolation=interpolation), expected)
     expected[flip] = expected[flip].flip(-1)
     close(common.resized_crop(x, *boxes, size, flip, interpolation), expected)
-
-
-def test_an_unknown_filter_is_refused():
     with pytest.raises(ValueError, match="nearest"):
-        common.resized_crop(noise(4, 20), *random_boxes(4, 20, 20), 24, interpolation="nearest")
+        common.resized_crop(x, *boxes, size, interpolation="nearest")
 
 
 JITTER = TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adjust_hue
@@ -94,9 +93,8 @@ def test_color_jitter_in_all_24_orders():
 
 
 def test_hue_where_channels_are_equal_or_nearly_so():
-    """Every colour of three levels, so two or three channels are equal, and the same with a
-    contrast of a few units in the last place."""
-    colours = torch.tensor(list(itertools.product([0.0, 0.5, 1.0], repeat=3)))  # [27, 3]
+    """Every colour of three levels; the same with a contrast of a few units in the last place."""
+    colours = torch.tensor([*itertools.product([0.0, 0.5, 1.0], repeat=3)])  # [27, 3]
     x, shift = colours.T[None, :, :, None].repeat(13, 1, 1, 1), torch.linspace(-0.5, 0.5, 13)
     draws = *torch.ones(3, 13), shift, torch.arange(4).repeat(13, 1)
     turned = common.color_jitter(x, *draws)
@@ -108,25 +106,18 @@ def test_hue_where_channels_are_equal_or_nearly_so():
     close(half.float(), turned, atol=1e-2)
 
 
-@pytest.mark.parametrize("kernel_size", [3, 23])
-def test_gaussian_blur(kernel_size):
+def test_blur_grayscale_and_solarize():
     x, sigma = noise(12, 24, 31), uniform(0.1, 2.0, 12)
     sigma[::4] = 0  # no blur at all
-    blurred = common.gaussian_blur(x, sigma, kernel_size)
-    assert torch.equal(blurred[::4], x[::4])
-    some = sigma > 0
-    expected = image_by_image(
-        lambda image, s: TF.gaussian_blur(image, kernel_size, float(s)), x[some], sigma[some]
-    )
-    close(blurred[some], expected)
-
-
-def test_solarize_and_grayscale():
+    for kernel in 3, 23:
+        blurred = common.gaussian_blur(x, sigma, kernel)
+        assert torch.equal(blurred[::4], x[::4])
+        for i in sigma.nonzero()[:, 0]:
+            close(blurred[i], TF.gaussian_blur(x[i], kernel, float(sigma[i])))
+    close(common.grayscale(x), TF.rgb_to_grayscale(x, num_output_channels=3), atol=1e-6)
     levels = torch.arange(256).view(1, 1, 16, 16).expand(1, 3, -1, -1)
     expected = torch.where(levels >= 128, 255 - levels, levels) / 255  # as on bytes
     close(common.solarize(levels / 255), expected, atol=1e-6)
-    x = noise(5, 16)
-    close(common.grayscale(x), TF.rgb_to_grayscale(x, num_output_channels=3), atol=1e-6)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -135,10 +126,9 @@ def test_solarize_and_grayscale():
 
 def kolmogorov_smirnov(a, b):
     """The largest distance between the two empirical distribution functions."""
-    a, b = np.sort(np.asarray(a, float)), np.sort(np.asarray(b, float))
-    points = np.union1d(a, b)
-    below_a, below_b = (np.searchsorted(x, points, side="right") / len(x) for x in (a, b))
-    return np.abs(below_a - below_b).max()
+    a, b = (np.sort(np.asarray(x, float)) for x in (a, b))
+    below = (np.searchsorted(x, np.union1d(a, b), side="right") / len(x) for x in (a, b))
+    return np.abs(np.subtract(*below)).max()
 
 
 def torchvision_boxes(n, height, width, scale):
@@ -163,10 +153,9 @@ def test_crop_boxes_have_the_distribution_of_torchvision(height, width, scale):
 
 
 # Too wide: the central 4:3. Too high. Nothing that large fits: the whole image.
-@pytest.mark.parametrize(
-    "height, width, scale", [(200, 500, (0.6, 1)), (500, 200, (0.6, 1)), (30, 36, (2, 3))]
-)
-def test_box_where_no_try_fits(height, width, scale):
+@pytest.mark.parametrize("height, width, area", [(200, 500, 0.6), (500, 200, 0.6), (30, 36, 2)])
+def test_box_where_no_try_fits(height, width, area):
+    scale = area, area + 1
     boxes = common.random_resized_crop_params(50, height, width, scale, generator=rng())
     theirs = torchvision_boxes(1, height, width, scale)
     assert torch.stack(boxes).unique(dim=1).tolist() == theirs.tolist()
@@ -206,19 +195,15 @@ def test_draws_follow_the_recipes():
 
 def numbers(d, n, side):
     """What was drawn for the images of two views as rows of [2 * ..., n], not correlated."""
-    rows = [d[key] for key in ("flip", "gray", "sigma", "brightness", "contrast", "hue")]
-    rows += [d["saturation"], d["hue"] != 0, d["order"][:, 0]]
-    rows += [d["height"] * d["width"], d["width"] / d["height"]]
-    rows += [
-        (d["top"] + 0.5) / (side - d["height"] + 1),
-        (d["left"] + 0.5) / (side - d["width"] + 1),
-    ]
+    rows = [d[key] for key in ("flip", "gray", "sigma", *common.FACTORS, "hue")]
+    rows += [d["hue"] != 0, d["order"][:, 0], d["height"] * d["width"], d["width"] / d["height"]]
+    for start, extent in ("top", "height"), ("left", "width"):
+        rows.append((d[start] + 0.5) / (side - d[extent] + 1))
     return torch.stack([row.double() for row in rows]).view(-1, n)
 
 
 def test_no_draw_tells_another():
-    """Of one image, of its other view, of the next image or of the next step: else a number would
-    serve twice."""
+    """Of the image, its other view, the next image or the next step: none serves twice."""
     n, augment = 8000, common.Augment([FIRST, FIRST], 32, MEAN, STD)
     now, later = (numbers(augment.draw(n, 64, 64, rng(seed)), n, 64) for seed in (0, 1))
     rows = torch.cat([now, later, now.roll(1, 1)])
@@ -226,17 +211,23 @@ def test_no_draw_tells_another():
     assert correlation.abs().max() < 0.06  # of 3003 pairs; the deviation of one is .011
 
 
-def test_symmetric_and_asymmetric_recipes():
-    """SimCLR section A (jitter .8, .8, .8, .2 times strength) and BYOL table 6."""
+def test_recipes_of_methods():
+    """SimCLR section A (jitter .8, .8, .8, .2 times strength), BYOL table 6, S001 listing 3."""
     expected = Recipe((0.2, 1.0), (0.4, 0.4, 0.4, 0.1), 0.8, 0.2, blur_p=0.5, solarize_p=0)
     assert common.symmetric(2, strength=0.5, crop_min=0.2, blur=0.5) == [expected] * 2
     one, two, three = common.asymmetric(3)
     assert one == three == Recipe((0.08, 1.0), (0.4, 0.4, 0.2, 0.1), 0.8, 0.2, 1, solarize_p=0)
     assert two == Recipe((0.08, 1.0), (0.4, 0.4, 0.2, 0.1), 0.8, 0.2, blur_p=0.1, solarize_p=0.2)
+    args = SimpleNamespace(method="carl", views=3, color_strength=1.0, crop_min=0.15, blur=1.0)
+    assert carl_carp.make_recipes(args) == common.symmetric(3, crop_min=0.15, blur=1.0)
+    args.method = "carp"
+    one, two, three = carl_carp.make_recipes(args)
+    assert one == three == Recipe((0.15, 0.925), (0.8, 0.8, 0.8, 0.2), 0.8, 0.2, blur_p=1.0)
+    assert two == Recipe((0.15, 0.925), (0.8, 0.8, 0.8, 0.2), 0.8, 0.2, blur_p=0.1, solarize_p=0.2)
 
 
 # --------------------------------------------------------------------------------------------------
-# Whole views
+# Whole views, and what evaluation sees
 
 
 def torchvision_view(image, d, i, size, kernel_size):
@@ -266,48 +257,30 @@ def test_augment_equals_torchvision_with_the_same_draws(shape, size, kernel_size
     assert d["solarize"].any() and d["sigma"].any() and d["gray"].any()
 
 
-def after_policy(image, policy, d, i):
-    """torchvision's AutoAugment of a uint8 image, with torch's generator at the image's seed."""
-    if not policy:
-        return image
-    with torch.random.fork_rng():
-        torch.manual_seed(int(d["policy"][i]))
-        policy = torchvision.transforms.AutoAugmentPolicy(policy)
-        return torchvision.transforms.AutoAugment(policy)(image)
-
-
 @pytest.mark.parametrize("policy", ["", "cifar10"])
 def test_padded_crops(policy):
-    """torchvision's RandomCrop(32, padding=4), flip and, where there is a policy, its AutoAugment
-    after the image's own seed. Each place is as likely."""
+    """torchvision's RandomCrop(32, padding=4), flip and, with a policy, its AutoAugment, seeded for
+    the image, which leaves torch's numbers where they were. All places are as likely."""
     images = noise_bytes(30, 32) // 2 + 20  # not spread over all values, for what spreads them
     recipe = Recipe(jitter_p=0, gray_p=0, pad=4, policy=policy)
-    augment = common.Augment([recipe] * 2, 32, MEAN, STD)
+    augment, state = common.Augment([recipe] * 2, 32, MEAN, STD), torch.get_rng_state()
     views, d = torch.cat(augment(images, rng(2))), augment.draw(30, 40, 40, rng(2))
+    assert torch.equal(torch.get_rng_state(), state)
     padded = torch.nn.functional.pad(images, (4,) * 4).repeat(2, 1, 1, 1)
     for i in range(60):
         top, left = int(d["top"][i]), int(d["left"][i])
         crop = padded[i, :, top : top + 32, left : left + 32]
         crop = TF.hflip(crop) if d["flip"][i] else crop
-        close(views[i], TF.normalize(after_policy(crop, policy, d, i) / 255, MEAN, STD), 1e-5)
+        if policy:
+            torch.manual_seed(int(d["policy"][i]))
+            auto = torchvision.transforms.AutoAugmentPolicy(policy)
+            crop = torchvision.transforms.AutoAugment(auto)(crop)
+        close(views[i], TF.normalize(crop / 255, MEAN, STD), 1e-5)
     d = augment.draw(900, 40, 40, rng(3))
     for name in "top", "left":
         counts = d[name].bincount(minlength=9)
         assert len(counts) == 9 and counts.min() > 140  # of 1800, 200 each
-
-
-def test_policy_draws():
-    """Each image of a batch has a seed of its own, which the rng decides; what the policy draws
-    leaves torch's own numbers where they were."""
-    recipe = Recipe(jitter_p=0, gray_p=0, pad=4, policy="cifar10")
-    augment = common.Augment([recipe] * 2, 32, MEAN, STD)
-    seeds, others = (augment.draw(500, 40, 40, rng(seed))["policy"] for seed in (0, 1))
-    assert len(seeds.unique()) == 1000 and not torch.isin(others, seeds).any()
-    torch.manual_seed(5)
-    expected = torch.rand(3)
-    torch.manual_seed(5)
-    augment(noise_bytes(3, 32), rng())
-    assert torch.equal(torch.rand(3), expected)
+    assert not policy or len(d["policy"].unique()) == 1800
 
 
 @pytest.mark.parametrize("pad", [0, 2])
@@ -317,38 +290,27 @@ def test_images_that_workers_have_cropped_keep_their_crops(pad):
     augment = common.Augment([Recipe(jitter_p=0, gray_p=0, pad=pad)] * 3, 16, MEAN, STD)
     flip = augment.draw(6, 16 + 2 * pad, 16 + 2 * pad, rng())["flip"].view(3, 6)
     for v, view in enumerate(augment(crops, rng())):
-        for b in range(6):
-            crop = TF.hflip(crops[b, v]) if flip[v, b] else crops[b, v]
+        for b, crop in enumerate(crops[:, v]):
+            crop = TF.hflip(crop) if flip[v, b] else crop
             close(view[b], TF.normalize(crop / 255, MEAN, STD), 1e-5)
 
 
 @pytest.mark.gpu
 def test_views_on_cuda_equal_those_on_the_cpu():
-    images, where = noise_bytes(64, 40), "cuda"
-    augment = common.Augment([FIRST, SECOND], 32, MEAN, STD)
-    draws = augment.draw(32, 40, 40, rng())
-    on_cpu = augment.apply(images, draws)
-    augment = common.Augment([FIRST, SECOND], 32, MEAN, STD, where)
-    on_gpu = augment.apply(images.to(where), {key: x.to(where) for key, x in draws.items()})
-    differs = (on_gpu.cpu() - on_cpu).abs() > 1e-3
+    images, cpu, cuda = noise_bytes(64, 40), torch.device("cpu"), torch.device("cuda")
+    here, there = (common.Augment([FIRST, SECOND], 32, MEAN, STD, x) for x in (cpu, cuda))
+    d = here.draw(32, 40, 40, rng())
+    on_gpu = there.apply(images.to(cuda), {key: x.to(cuda) for key, x in d.items()})
+    differs = (on_gpu.cpu() - here.apply(images, d)).abs() > 1e-3
     assert differs.double().mean() < 1e-4  # solarisation jumps at its threshold
-    views = augment(images.to(where), torch.Generator(where).manual_seed(0))
-    assert all(view.is_cuda and view.isfinite().all() for view in views)
 
 
-# --------------------------------------------------------------------------------------------------
-# What evaluation sees
+# The central 7/8 of the shorter side (of 300: 262.5); all of it where the image is no larger.
+BOXES = [(256, 256, 224, (16, 16, 224, 224)), (300, 400, 224, (19, 69, 262, 262))]
+BOXES += [(32, 32, 32, (0, 0, 32, 32)), (20, 30, 32, (0, 5, 20, 20))]
 
 
-@pytest.mark.parametrize(
-    "height, width, size, box",
-    [
-        (256, 256, 224, (16, 16, 224, 224)),
-        (300, 400, 224, (19, 69, 262, 262)),  # 7/8 of 300 is 262.5
-        (32, 32, 32, (0, 0, 32, 32)),
-        (20, 30, 32, (0, 5, 20, 20)),  # enlarged: the whole shorter side
-    ],
-)
+@pytest.mark.parametrize("height, width, size, box", BOXES)
 def test_evaluation_view(height, width, size, box):
     assert common.centre_box(height, width, size) == box
     images = noise_bytes(2, height, width)
