@@ -16,11 +16,6 @@
 11  Several processes               gather, mine, SyncBatchNorm, distributed
 """
 
-import sys
-
-if sys.version_info < (3, 10):  # noqa: UP036
-    sys.exit("Python 3.10 or newer is needed; this is " + sys.version.split()[0])
-
 import argparse
 import collections
 import contextlib
@@ -38,6 +33,7 @@ import shlex
 import shutil
 import signal
 import subprocess
+import sys
 import time
 import warnings
 import zipfile
@@ -190,8 +186,7 @@ class Augment:
         if pad:
             images = F.pad(images, (pad,) * 4)
         d = self.draw(n, *images.shape[-2:], rng)
-        d = {key: x.view(views, parts, -1, *x.shape[1:])[:, index] for key, x in d.items()}
-        d = {key: x.flatten(0, 1) for key, x in d.items()}
+        d = {k: x.unflatten(0, (views, parts, -1))[:, index].flatten(0, 1) for k, x in d.items()}
         if images.ndim == 4:
             return self.apply(images.repeat(views, 1, 1, 1), d).chunk(views)
         whole = {"top": pad, "left": pad, "height": self.size, "width": self.size}
@@ -723,6 +718,9 @@ class Decoder(nn.Module):
 # --------------------------------------------------------------------------------------------------
 # From here on: what makes a program of it.
 # 7  A run: its folder, log, saving, going on
+
+if sys.version_info < (3, 10):  # noqa: UP036
+    sys.exit("Python 3.10 or newer is needed; this is " + sys.version.split()[0])
 
 HERE = "resume out init device workers compile scaled_lr".split()  # not the run's to keep
 FREE = HERE + "dataset data_dir save_every knn_every knn_bank knn_k knn_temperature".split()

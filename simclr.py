@@ -118,18 +118,9 @@ PRESETS = {
     "imagenet": IMAGENET | {"arch": "resnet50", "epochs": 100},  # google
     "tiny_imagenet": {"image_size": 64},  # htdt: 64 pixels, and lr 2e-3 for 512 images, as here
     "cifar10": {},
-    "s002": {  # Section 4; what it leaves out is from its code, Haoqing-Wang/InfoCL
-        "epochs": 30,
-        "batch_size": 256,
-        "optimizer": "adam",
-        "lr": 3e-4,
-        "lr_scaling": "none",
-        "schedule": "constant",
-        "warmup_epochs": 0,
-        "weight_decay": 0.0,  # InfoCL
-        "temperature": 0.5,  # InfoCL
-        "color_strength": 1.0,  # InfoCL
-    },
+    "s002": {"epochs": 30, "batch_size": 256, "optimizer": "adam", "lr": 3e-4}  # Section 4
+    | {"lr_scaling": "none", "schedule": "constant", "warmup_epochs": 0}
+    | {"weight_decay": 0.0, "temperature": 0.5, "color_strength": 1.0},  # its code, InfoCL
     "cifar100": {},  # solo, htdt: as CIFAR-10
     "shapes": {  # ours: seconds an epoch on two cores
         "epochs": 8,
@@ -154,7 +145,7 @@ def main():
     data = common.prepare(args, f"simclr_{args.recipe}" if args.recipe else "simclr")
     backbone = common.resnet(args.arch, args.stem)
     args.hidden_dim = args.hidden_dim or backbone.num_features  # google; S001 5.8.2
-    common.say("projector", f"{args.hidden_dim} hidden units; by default as many as h has")
+    print(f"projector: {args.hidden_dim} hidden units; by default as many as h has")
     model = SimCLR(backbone, args.hidden_dim, args.dim, args.temperature)
     recipes = common.symmetric(args.views, args.color_strength, args.crop_min, args.blur)
     common.train("simclr", model, data, recipes, args)

@@ -191,10 +191,8 @@ PRESETS = {
 
 def main():
     parser, weight = common.base_parser(__doc__), common.number(float, 0)
-    losses, augments = (
-        "supcon tcl cross_entropy".split(),
-        "autoaugment crop_flip simaugment".split(),
-    )
+    losses = "supcon tcl cross_entropy".split()
+    augments = "autoaugment crop_flip simaugment".split()
     parser.add_argument("--loss", choices=losses, default="supcon", help="see above")
     parser.add_argument("--self-supervised", action="store_true", help="use no labels")
     parser.add_argument("--augment", choices=augments, help="kind of views")
@@ -209,13 +207,15 @@ def main():
     name = args.loss if supervised else f"{args.loss}_self_supervised"
     data = common.prepare(args, name)
     if supervised:  # any unlabeled images stay out
+        unlabelled = f"{data.name}: no labels, which --loss {args.loss} needs: --self-supervised"
+        common.check(data.classes, unlabelled)
         data = dataclasses.replace(data, pretrain=data.train)
         few = f"--batch-size {args.batch_size} exceeds the {len(data.train)} labelled images"
         common.check(args.batch_size <= len(data.train), few)
     print(f"labels of the training images: {'USED' if supervised else 'not used'}")
     backbone = common.resnet(args.arch, args.stem)
     args.hidden_dim = args.hidden_dim or backbone.num_features  # S004 5.1
-    common.say("head", f"{args.hidden_dim} hidden units, as many as h has by default, or linear")
+    print(f"head: {args.hidden_dim} hidden units, as many as h has by default, or linear")
     heads, knobs = (args.hidden_dim, args.dim), (args.temperature, args.k1, args.k2)
     model = SupConTCL(backbone, len(data.classes), args.loss, *heads, *knobs, args.self_supervised)
 
