@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import zlib
+from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
@@ -39,8 +40,9 @@ def noise_bytes(n, height, width=None, seed=0):
 
 
 def tree(folder):
-    """Every file below a folder, with what is in it."""
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    """Every file and folder below one, with what is in the files."""
+    paths = sorted(Path(folder).rglob("*"))
+    return {path: path.read_bytes() if path.is_file() else None for path in paths}
 
 
 def close(actual, expected, atol=1e-5):
@@ -735,11 +737,11 @@ def test_prepare_fills_in_what_follows(toy_file, words, expected):
 # What is refused: in one line that says what is wrong, no file changed
 
 
-class Opens:
-    """Unpickling one runs code."""
+class Payload:
+    """Unpickling one runs code: it makes a file, as it could delete the user's."""
 
     def __reduce__(self):
-        return open, ("ran", "w")
+        return open, ("payload_ran", "w")
 
 
 def given(value, root, toy):
@@ -778,7 +780,7 @@ def npz(change, root, toy):
 
 of = functools.partial
 REFUSED = [  # what is loaded, or what is typed after simclr.py
-    (of(given, {"a": Opens()}), "mine.pt: .* holds .*open, which is no plain value; nothing was"),
+    (of(given, {"a": Payload()}), "mine.pt: .* holds .*open, which is no plain value; nothing was"),
     ("nothing.pt", "nothing.pt: no such file"),
     ("cifar11", "'cifar11' is none of cifar10, cifar100, .* nor a folder, nor a .pt file"),
     (of(given, {"train": None}), "mine.pt: not a packed dataset: expected a dict"),

@@ -6,7 +6,7 @@ from pathlib import Path
 import benchmark
 import pytest
 import torch
-from test_training import CPU, fail, folder, one_thread, small, store, succeed, toy  # noqa: F401
+from test_training import CPU, fail, folder, small, store, succeed, toy  # noqa: F401
 
 import common
 

@@ -25,9 +25,8 @@ from test_training import (
     built,
     equal,
     folder,  # noqa: F401
-    image_folder,
+    save_pets,
     load,
-    one_thread,  # noqa: F401
     read_log,
     store,
     succeed,
@@ -185,7 +184,7 @@ def test_two_gpus(method, precision, folder):  # noqa: F811
 
 def test_images_from_disk(folder):  # noqa: F811
     """Each process decodes its part, of seven test images four and three."""
-    image_folder("pets", [32, 40])
+    save_pets("pets", [32, 40])
     Path("pets/test/cat/0.png").unlink()
     argv = ["--dataset", "pets", *TINY, "--batch-size", "4", "--image-size", "32"]
     argv += ["--knn-every", "1", "--lr", "1e-6"]

@@ -15,7 +15,7 @@ from unittest import mock
 import pytest
 import torch
 from PIL import Image
-from test_training import CPU, METHODS, TINY, Payload, call, image_folder, store, succeed, toy
+from test_training import CPU, METHODS, TINY, Payload, call, save_pets, store, succeed, toy
 
 import common
 
@@ -59,7 +59,7 @@ def ground(tmp_path_factory):
     store(toy(32), "toy.pt")
     Path("kept").mkdir()
     Path("kept/notes.txt").write_text("of somebody")
-    image_folder("pets", [16, 20])
+    save_pets("pets", [16, 20])
     succeed("simclr", "--dataset", "toy.pt", *TINY, "--dim", "8", "--out", "run")
     yield folder
     os.chdir(before)
@@ -178,7 +178,7 @@ def test_checkpoints_and_encoders(ground):
     assert 0 < accepted < 20
 
 
-def test_image_folders(ground):
+def test_save_petss(ground):
     """Files that are no images, huge, empty, cut short; folders without classes or with strange
     names; links that lead nowhere."""
     rng, accepted = random.Random(6), 0
