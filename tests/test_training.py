@@ -455,16 +455,6 @@ def test_supervised_training_leaves_unlabeled_images_out(small):
     assert "32" in message and "16 labelled" in message
 
 
-def test_self_supervised_settings_hold_on_every_dataset(small):
-    """Labels, or their absence, decide on the views and the optimiser, not the dataset."""
-    for name in "cifar10", "fashion_mnist", "cifar100":
-        store(toy(), f"{name}.pt")
-        argv = ["--dataset", name, "--data-dir", ".", "--batch-size", "16", *CPU]
-        *_, args = built("supcon_tcl --loss tcl --self-supervised", *argv)
-        found = args.optimizer, args.lr, args.k1, args.k2, args.augment, args.views
-        assert found == ("adam", 1e-3, 1, 1.5, "simaugment", 3)
-
-
 # --------------------------------------------------------------------------------------------------
 # Stopped, and gone on with
 

@@ -25,9 +25,9 @@ from test_training import (
     built,
     equal,
     folder,  # noqa: F401
-    save_pets,
     load,
     read_log,
+    save_pets,
     store,
     succeed,
     toy,
