@@ -16,6 +16,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections import OrderedDict
 from pathlib import Path
 from types import SimpleNamespace
@@ -124,6 +125,12 @@ def read_log(out):
 
 def without_speed(log):
     return [{k: v for k, v in entry.items() if k != "images_per_second"} for entry in log]
+
+
+def wait_for(path):
+    deadline = time.monotonic() + 240
+    while not Path(path).exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
 
 
 def equal(a, b):

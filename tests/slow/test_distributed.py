@@ -1,8 +1,6 @@
-"""Several processes train the network that one would: torchrun with two on the CPU, by gloo.
-
-Where they are compared with one, in float64. In float32 they would differ by rounding alone, but a
-ReLU that opens or shuts turns a rounding error e into one of about sqrt(e) in the gradient, and two
-runs drift apart within a few steps, as one process with one thread and one with two do."""
+"""Several processes train the network that one would: torchrun with two on the CPU, by gloo. They
+are compared with one in float64: in float32 a ReLU that rounding opens or shuts lets two runs drift
+apart within a few steps, as one process with one thread and one with two do."""
 
 import json
 import os
@@ -31,6 +29,7 @@ from test_training import (
     store,
     succeed,
     toy,
+    wait_for,
 )
 
 import common
@@ -85,12 +84,6 @@ def torchrun(*argv):
 def finish(process, seconds=300):
     out, err = process.communicate(timeout=seconds)
     return process.returncode, out, err
-
-
-def wait_for(path):
-    deadline = time.monotonic() + 240
-    while not Path(path).exists() and time.monotonic() < deadline:
-        time.sleep(0.02)
 
 
 @pytest.fixture(scope="module")
