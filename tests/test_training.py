@@ -100,8 +100,13 @@ def fail(script, *argv):
 
 def built(script, *argv):
     """(method, model, data, recipes, args): what a script hands to common.train."""
-    with mock.patch.object(common, "train") as train:
-        succeed(script, *argv)
+    script, *given = script.split()
+    with (
+        mock.patch.object(common, "train") as train,
+        mock.patch.object(sys, "argv", [f"{script}.py", *map(str, argv), *given]),
+        contextlib.redirect_stdout(io.StringIO()),
+    ):
+        importlib.import_module(script).main()
     return train.call_args.args
 
 
