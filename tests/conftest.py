@@ -6,8 +6,6 @@ tests by -m alone, and one small finished run for all that only read what a run 
     python -m pytest -m "slow or not slow"   all
 """
 
-import contextlib
-import io
 import shutil
 import signal
 import sys
@@ -57,10 +55,10 @@ def toy():
 
 
 @pytest.fixture(scope="session")
-def toy_file(toy, tmp_path_factory):
+def toy_file(tmp_path_factory):
     """Packed, not to be written to."""
     path = tmp_path_factory.mktemp("toy") / "toy.pt"
-    torch.save(toy(), path)
+    torch.save(noise(), path)
     return path
 
 
@@ -73,7 +71,7 @@ def tiny_run(toy_file, tmp_path_factory):
     argv = f"simclr.py --dataset {toy_file} --out {out} --epochs 2 --batch-size 16 --lr 0.1"
     argv += " --stem imagenet --optimizer sgd --knn-every 1 --save-every 1"
     argv += " --device cpu --workers 0 --precision fp32"
-    with contextlib.redirect_stdout(io.StringIO()), mock.patch.object(sys, "argv", argv.split()):
+    with mock.patch.object(sys, "argv", argv.split()):
         simclr.main()
     yield SimpleNamespace(out=out)
     shutil.rmtree(out)  # pytest keeps the folders of three sessions, and checkpoints are large
