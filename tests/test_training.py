@@ -302,7 +302,7 @@ def test_the_printed_evaluation_runs(finished):
     assert 0 <= figures["top1"] <= 1 and 0 <= figures["knn_top1"] <= 1
 
 
-@pytest.mark.parametrize("corrupt", [False, True])
+@pytest.mark.parametrize("corrupt", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_from_the_shell(corrupt, folder):
     """From another folder, without --out, and with a worker: if it finds a corrupt image, its
     traceback comes along and is left out."""
