@@ -4,24 +4,16 @@
     python tests/benchmark.py --dataset cifar10 --batch-size 256 --json benchmark.json
 
 The arms take turns, each time in another order, in blocks of a few steps, so that a machine that
-slows down does so for all of them; a figure is the median over blocks, with the quartiles beside
-it, and a comparison the median of the blocks' ratios. Flags other than its own go to simclr.py. A
-step here is forward, loss, backward, optimiser and EMA; training also adds up what it logs.
+slows down does so for all. A figure is the median over blocks with its quartiles, a comparison the
+median of the blocks' ratios. Flags other than its own go to simclr.py.
 
-data     cached   SimCLR's step on views that are there already
-         real     the same step fed by the training pipeline: gather, draw, augment, normalise
-         views    the pipeline alone, a hundred times in a row for each step of a block
-         pil N    the same step fed by torchvision's transforms on PIL images, N worker processes
-         usual    the step as it is usually written, in the same precision: NCHW, a forward for each
-                  view, the optimiser as torch chooses it, no compiler, loss.item(), fed like pil
-         plain    the same in fp32
-         lightly, kornia   the cached step fed by their transforms, where they are installed
+data     SimCLR's step on views that are there already (cached) or fed by the training pipeline
+         (real); the pipeline alone (views); the step fed by torchvision's transforms on PIL images
+         with N worker processes (pil N), and as it is usually written, in the same precision
+         (usual) or in fp32 (plain)
 ladder   the cached step with one thing taken away
 methods  the cached step of each method, with its preset for the dataset and this batch size
-accuracy (not by default) kNN after SimCLR has trained for --epochs on views of ours and of
-         torchvision's, with several seeds: what is fast should not be worse
-
-Beside them: what the machine reaches in matrix products and in copying, and a kNN figure's cost.
+accuracy (not by default) kNN after --epochs of SimCLR on views of ours and of torchvision's
 """
 
 import contextlib
@@ -30,6 +22,7 @@ import functools
 import importlib
 import io
 import itertools
+import math
 import random
 import statistics
 import sys
@@ -48,7 +41,6 @@ import common  # noqa: E402
 METHODS = {name: name for name in ("simclr", "byol", "barlow_twins", "vicreg")}
 METHODS |= {"supcon": "supcon_tcl", "tcl": "supcon_tcl --loss tcl", "carl": "carl_carp"}
 METHODS |= {"carp": "carl_carp --method carp", "corinfomax": "corinfomax"}
-OWN = "blocks", "steps", "groups", "seeds", "json"
 GROUPS = "data", "ladder", "methods", "accuracy"
 
 
@@ -68,18 +60,19 @@ def build(name, argv):
 
 
 class Step:
-    """A training step of a method on views; each flag takes one thing away from it."""
+    """A training step of a method on views: forward, loss, backward, optimiser, EMA. Each name in
+    `without` takes one thing away from it."""
 
-    def __init__(self, model, args, half=True, channels_last=True, concat=None, fused=True,
-                 compile=True, item=False):  # fmt: skip
-        self.args, self.item = copy.copy(args), item
-        self.args.precision = args.precision if half else "fp32"
-        self.args.compile = args.compile and compile
-        self.layout = torch.channels_last if channels_last else torch.contiguous_format
+    def __init__(self, model, args, *without):
+        self.args, self.item = copy.copy(args), "no waiting" in without
+        self.args.precision = "fp32" if "half precision" in without else args.precision
+        self.args.compile = args.compile and "compile" not in without
+        plain = "channels_last" in without
+        self.layout = torch.contiguous_format if plain else torch.channels_last
         self.model = copy.deepcopy(model).to(memory_format=self.layout)
-        if concat is not None:
-            getattr(self.model, "method", self.model).concat_views = concat
-        self.optimizer = common.make_optimizer(self.model, args, fused or None)
+        if "one pass" in without:
+            getattr(self.model, "method", self.model).concat_views = False
+        self.optimizer = common.make_optimizer(self.model, args, "fused" not in without or None)
         self.forward = common.compiled(self.model, self.args)
         self.labels = torch.arange(args.batch_size, device=args.device) % 10
         scaled = self.args.precision == "fp16"
@@ -110,26 +103,6 @@ def torchvision_transform(recipe, size, data):
     return T.Compose([*some, T.ToTensor(), T.Normalize(data.mean, data.std)])
 
 
-def lightly_transform(recipe, size, data):
-    from lightly.transforms import SimCLRTransform
-
-    how = {"cj_strength": recipe.jitter[0] / 0.8, "min_scale": recipe.scale[0]}
-    how |= {"gaussian_blur": recipe.blur_p, "normalize": {"mean": data.mean, "std": data.std}}
-    return SimCLRTransform(size, **how)
-
-
-def kornia_transform(recipe, size, data):
-    import kornia.augmentation as K
-
-    crop = {"resample": "bicubic", "cropping_mode": "resample"}
-    some = [K.RandomResizedCrop((size, size), recipe.scale, **crop), K.RandomHorizontalFlip()]
-    some += [K.ColorJitter(*recipe.jitter, p=recipe.jitter_p), K.RandomGrayscale(p=recipe.gray_p)]
-    if recipe.blur_p:
-        kernel = (2 * (size // 20) + 1,) * 2
-        some += [K.RandomGaussianBlur(kernel, (0.1, 2.0), p=recipe.blur_p)]
-    return K.AugmentationSequential(*some, K.Normalize(*map(torch.tensor, (data.mean, data.std))))
-
-
 class PillowViews(torch.utils.data.Dataset):
     """Two views the usual way: one PIL image at a time, in worker processes."""
 
@@ -141,11 +114,10 @@ class PillowViews(torch.utils.data.Dataset):
 
     def __getitem__(self, index):
         image = T.functional.to_pil_image(self.images[index])
-        views = self.transform(image)
-        return views if isinstance(views, list) else [views, self.transform(image)]
+        return self.transform(image), self.transform(image)
 
-    def loader(self, args):
-        how = {"batch_size": args.batch_size, "num_workers": args.workers, "drop_last": True}
+    def loader(self, args, workers):
+        how = {"batch_size": args.batch_size, "num_workers": workers, "drop_last": True}
         how |= {"shuffle": True, "pin_memory": args.device != "cpu"}
         return torch.utils.data.DataLoader(self, **how)
 
@@ -159,10 +131,9 @@ class FedByLoader:
     """A step whose views come from a DataLoader. Its workers live for its turn alone, so that no
     other arm feels them; what they prefetch before the clock starts is not counted."""
 
-    def __init__(self, step, data, transform, workers):
+    def __init__(self, step, source, workers):
         self.step, self.workers = step, workers
-        args = SimpleNamespace(**vars(step.args) | {"workers": workers})
-        self.loader = PillowViews(data, transform).loader(args)
+        self.loader = source.loader(step.args, workers)
 
     def begin(self):
         self.batches = forever(lambda: self.loader)
@@ -174,6 +145,9 @@ class FedByLoader:
 
     def end(self):
         del self.batches
+
+
+USUAL = "channels_last", "one pass", "fused", "compile", "no waiting"  # what it does without
 
 
 def data_arms(model, data, recipes, args):
@@ -188,30 +162,19 @@ def data_arms(model, data, recipes, args):
 
     still = [x.clone() for x in views()]
     arms = {"cached": lambda: step(still), "real": lambda: step(views()), "views": views}
-    how = recipes[0], args.image_size, data
-    pil = torchvision_transform(*how)
+    pil = PillowViews(data, torchvision_transform(recipes[0], args.image_size, data))
     for workers in sorted({0, 1, args.workers}):
-        arms[f"pil {workers}"] = FedByLoader(step, data, pil, workers)
-    usual = {"channels_last": False, "concat": False, "fused": False, "compile": False}
-    for name, half in ("usual", True), ("plain", False):
-        arms[name] = FedByLoader(Step(model, args, half, **usual, item=True), data, pil,
-                                 args.workers)  # fmt: skip
-    with contextlib.suppress(ImportError):
-        arms["lightly"] = FedByLoader(step, data, lightly_transform(*how), args.workers)
-    with contextlib.suppress(ImportError):
-        kornia, floats = kornia_transform(*how), (images.float() / 255 for images, _ in source)
-        arms["kornia"] = lambda: step([kornia(x) for x in [next(floats)] * 2])
-    return arms
+        arms[f"pil {workers}"] = FedByLoader(step, pil, workers)
+    arms["usual"] = FedByLoader(Step(model, args, *USUAL), pil, args.workers)
+    plain = Step(model, args, *USUAL, "half precision")
+    return arms | {"plain": FedByLoader(plain, pil, args.workers)}
 
 
 def ladder_arms(model, views, args):
-    steps = {"cached": Step(model, args), "- half precision": Step(model, args, half=False)}
-    steps["- channels_last"] = Step(model, args, channels_last=False)
-    steps["- one pass"] = Step(model, args, concat=False)
-    if args.optimizer != "lars":  # which is ours: it is always the same
-        steps["- fused"] = Step(model, args, fused=False)
-    if args.compile:
-        steps["- compile"] = Step(model, args, compile=False)
+    taken = ["half precision", "channels_last", "one pass"]
+    taken += ["fused"] if args.optimizer != "lars" else []  # ours is always the same
+    taken += ["compile"] if args.compile else []
+    steps = {"cached": Step(model, args)} | {f"- {x}": Step(model, args, x) for x in taken}
     laid_out = {s.layout: [x.to(memory_format=s.layout) for x in views] for s in steps.values()}
     return {name: functools.partial(step, laid_out[step.layout]) for name, step in steps.items()}
 
@@ -227,24 +190,23 @@ def accuracy(argv, seeds):
     found = {"ours": [], "torchvision": []}
     for seed, (name, values) in itertools.product(range(seeds), found.items()):
         model, data, recipes, args = build("simclr", [*argv, "--seed", str(seed)])
-        step, steps = Step(model, args), len(data.pretrain) // args.batch_size
+        step, steps, done = Step(model, args), len(data.pretrain) // args.batch_size, 0
         augment = common.Augment(recipes, args.image_size, data.mean, data.std, args.device)
-        transform = torchvision_transform(recipes[0], args.image_size, data)
+        theirs = PillowViews(data, torchvision_transform(recipes[0], args.image_size, data))
         torch.manual_seed(seed)
-        theirs = PillowViews(data, transform).loader(args)
-        done, total, warmup = 0, steps * args.epochs, args.warmup_epochs * steps
         for epoch in range(1, args.epochs + 1):
             ours = common.training_batches(data.pretrain, epoch, args, recipes)
-            for batch in ours if name == "ours" else theirs:
-                rng = common.generator(seed, "augment", done, args.device)
+            for batch in ours if name == "ours" else theirs.loader(args, args.workers):
+                total, warmup = args.epochs * steps, args.warmup_epochs * steps
                 for group in step.optimizer.param_groups:
                     group["lr"] = common.learning_rate(done, total, warmup, args.scaled_lr)
+                rng = common.generator(seed, "augment", done, args.device)
                 step(augment(batch[0], rng) if name == "ours" else batch)
                 done += 1
         values.append(common.knn_monitor(step.model.backbone, data, args))
         print(f"seed {seed}, {name}: kNN {values[-1]:.1%}", flush=True)
     differences = [a - b for a, b in zip(*found.values(), strict=True)]
-    error = statistics.stdev(differences) / seeds**0.5 if seeds > 1 else float("nan")
+    error = statistics.stdev(differences) / seeds**0.5 if seeds > 1 else math.nan
     print(f"ours - torchvision: {statistics.mean(differences):+.1%}, standard error {error:.1%}")
     return found
 
@@ -285,14 +247,14 @@ def ceilings(args):
     """What this machine reaches: TFLOP/s of a large matrix product, GB/s of a large copy."""
     dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
     n, megabytes = (8192, 1024) if args.device.startswith("cuda") else (2048, 256)
-    a, b = (torch.randn(n, n, device=args.device).to(dtypes[args.precision]) for _ in range(2))
+    a, b = torch.randn(2, n, n, device=args.device).to(dtypes[args.precision])
     source = torch.ones(megabytes * 2**20, dtype=torch.uint8, device=args.device)
     target = torch.empty_like(source)
     arms = {"matmul": lambda: a @ b, "copy": lambda: target.copy_(source)}
     found = measure(arms, SimpleNamespace(device=args.device, blocks=5, steps=5))
-    ms = {name: min(row["ms_blocks"]) for name, row in found.items()}
-    return {"matmul_tflops": 2 * n**3 / ms["matmul"] / 1e9,
-            "copy_gb_per_s": 2 * source.numel() / ms["copy"] / 1e6}  # fmt: skip
+    product, copied = (min(found[name]["ms_blocks"]) for name in arms)
+    rates = {"matmul_tflops": 2 * n**3 / product / 1e9}
+    return rates | {"copy_gb_per_s": 2 * source.numel() / copied / 1e6}
 
 
 def flops(model, size):
@@ -309,21 +271,17 @@ def times(slow, fast):
     return statistics.median(a / b for a, b in pairs)
 
 
-def table(found, base, args, images, per_image=None, ceiling=None):
+def table(found, base, args, images, per_image=0, ceiling=1):
     """Print the arms of a group and add to each what follows from its blocks."""
     print(f"\n{'arm':17} ms/step       quartiles   img/s s/epoch  over {base:8} TFLOP/s  peak GB")
     for name, row in found.items():
         low, median, high = statistics.quantiles(row["ms_blocks"], n=4)
         rate, over = 1e3 * args.batch_size / median, 100 * (times(row, found[base]) - 1)
-        row |= {"ms": median, "images_per_second": rate}
-        row |= {"seconds_per_epoch": images / rate, "percent_over_base": over}
+        row |= {"ms": median, "images_per_second": rate, "percent_over_base": over}
+        row |= {"seconds_per_epoch": images / rate, "tflops": per_image * rate / 1e12}
+        row["share_of_ceiling"] = row["tflops"] / ceiling
         text = f"{name:17}{median:8.1f}{low:8.1f}-{high:7.1f}{rate:8.0f}{images / rate:8.1f}"
-        if name != "views":
-            text += f"{over:+13.1f}%"
-            if per_image:
-                row["tflops"] = per_image * rate / 1e12
-                row["share_of_ceiling"] = row["tflops"] / ceiling
-                text += f"{row['tflops']:8.2f}"
+        text += f"{over:+13.1f}%{row['tflops']:8.2f}" if name != "views" else ""
         print(text + (f"{row['peak_gb']:9.1f}" if "peak_gb" in row else ""))
     return found
 
@@ -335,62 +293,52 @@ def knn_cost(model, data, args, seconds_per_epoch):
         common.knn_monitor(model.backbone, data, args)  # reads its figure back, so it has waited
         seconds = time.perf_counter() - start
     share = seconds / (max(args.knn_every, 1) * seconds_per_epoch)
-    total = len(data.train) + len(data.test)
-    print(f"\nkNN, {total} images: {seconds:.1f} s, {share:.1%} of a run with one every "
-          f"{args.knn_every} epochs")  # fmt: skip
+    print(f"\na kNN figure: {seconds:.1f} s, {share:.1%} of a run")
     return {"seconds": seconds, "share": share}
 
 
 def read_arguments():
     """The benchmark's own flags, and the command line that simclr.py gets."""
-    parser = common.base_parser(__doc__)
-    parser.add_argument("--blocks", type=common.number(int, 2), default=7, help="of each arm")
-    parser.add_argument("--steps", type=common.count, help="in a block (default: 20 on a GPU or 2)")
-    parser.add_argument("--groups", default="data,ladder,methods", help=f"of {', '.join(GROUPS)}")
-    parser.add_argument("--seeds", type=common.count, default=3, help="of the accuracy")
-    parser.add_argument("--json", help="file to write the figures to")
-    others = vars(parser.parse_args([])).keys() - set(OWN)
-    parser.set_defaults(**dict.fromkeys(others))  # None where simclr.py's preset holds
+    parser, own = common.base_parser(__doc__), common.Parser("Its own flags.")
+    for p in parser, own:
+        p.add_argument("--blocks", type=common.number(int, 2), default=7, help="of each arm")
+        p.add_argument("--steps", type=common.count, help="in a block (default: 20 on a GPU or 2)")
+        p.add_argument("--groups", default="data,ladder,methods", help=f"of {', '.join(GROUPS)}")
+        p.add_argument("--seeds", type=common.count, default=3, help="of the accuracy")
+        p.add_argument("--json", help="file to write the figures to")
     args = parser.parse_args()
     wrong = f"--groups {args.groups}: expected some of {', '.join(GROUPS)}"
     common.check(set(args.groups.split(",")) <= set(GROUPS), wrong)
-    argv = ["--batch-size", "256"]
-    for name, value in vars(args).items():
-        if name not in OWN and value is not None:
-            flag, switch = name.replace("_", "-"), isinstance(value, bool)
-            argv += [f"--{'' if value else 'no-'}{flag}"] if switch else [f"--{flag}", str(value)]
-    return args, argv
+    return args, ["--batch-size", "256", *own.parse_known_args()[1]]
 
 
 def main():
     args, argv = read_arguments()
     model, data, recipes, run = build("simclr", argv)
     common.check(run.views == 2, f"--views {run.views}: the benchmark is for two views")
-    run.blocks, wanted = args.blocks, args.groups.split(",")
-    run.steps = args.steps or (20 if run.device.startswith("cuda") else 2)
+    run.blocks, run.steps = args.blocks, args.steps or (20 if run.device.startswith("cuda") else 2)
     about = common.describe(run)  # the commit now, not the one at the end
     augment = common.Augment(recipes, run.image_size, data.mean, data.std, run.device)
     images = data.pretrain.images[: run.batch_size]
     views = [x.clone() for x in augment(images, common.generator(0, "augment", 0, run.device))]
     result = {"ceilings": ceilings(run), "flops_per_image": flops(model, run.image_size)}
     ceiling, per_image = result["ceilings"]["matmul_tflops"], result["flops_per_image"]
-    print(f"{ceiling:.2f} TFLOP/s in matrix products, {result['ceilings']['copy_gb_per_s']:.0f} "
-          f"GB/s in copying; {per_image / 1e9:.2f} GFLOP for an image's two views")  # fmt: skip
+    print(f"{ceiling:.2f} TFLOP/s in matrix products, {per_image / 1e9:.2f} GFLOP an image")
     show = functools.partial(table, args=run, images=len(data.pretrain))
-    if "accuracy" in wanted:
+    work = {"per_image": per_image, "ceiling": ceiling}
+    if "accuracy" in args.groups:
         result["accuracy"] = accuracy(argv, args.seeds)
-    if "data" in wanted:
-        found = measure(data_arms(model, data, recipes, run), run)
-        result["data"] = show(found, "cached", per_image=per_image, ceiling=ceiling)
+    if "data" in args.groups:
+        found = show(measure(data_arms(model, data, recipes, run), run), "cached", **work)
         names = "pil 0", f"pil {run.workers}", "usual", "plain"
         result["times_real"] = {name: times(found[name], found["real"]) for name in names}
         print("times as long as real:", result["times_real"])
         if data.test is not None:
             result["knn"] = knn_cost(model, data, run, found["real"]["seconds_per_epoch"])
-    if "ladder" in wanted:
-        found = measure(ladder_arms(model, views, run), run)
-        result["ladder"] = show(found, "cached", per_image=per_image, ceiling=ceiling)
-    if "methods" in wanted:
+        result["data"] = found
+    if "ladder" in args.groups:
+        result["ladder"] = show(measure(ladder_arms(model, views, run), run), "cached", **work)
+    if "methods" in args.groups:
         result["methods"] = show(measure(method_arms(views, argv), run), "simclr")
     if args.json:
         common.write_json(result | about, args.json)

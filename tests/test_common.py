@@ -1,8 +1,7 @@
 """common.py but for its views: schedule and optimisers against their equations, ResNets against
-torchvision's, neighbours and collapse figures against cases worked by hand, datasets written here
-with other libraries, files, presets and flags, and what is refused."""
+torchvision's, neighbours and collapse figures against their definitions, datasets written here with
+other libraries, files, presets, and which datasets are refused."""
 
-import argparse
 import functools
 import importlib
 import itertools
@@ -11,6 +10,7 @@ import os
 import re
 import shutil
 import zlib
+from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
@@ -39,8 +39,9 @@ def noise_bytes(n, height, width=None, seed=0):
 
 
 def tree(folder):
-    """Every file below a folder, with what is in it."""
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    """Every file and folder below one, with what is in the files."""
+    paths = sorted(Path(folder).rglob("*"))
+    return {path: path.read_bytes() if path.is_file() else None for path in paths}
 
 
 def close(actual, expected, atol=1e-5):
@@ -58,49 +59,47 @@ def hardware(**options):
 # Schedule and optimisers
 
 
-@pytest.mark.parametrize(
-    "step, warmup, expected",
-    [
-        (0, 20, 1 / 20),  # the first step of the warm-up is not lost
-        (19, 20, 1.0),  # the last
-        (2, 2.5, 1.0),  # it need not be whole steps
-        (20, 20, 1.0),  # the first of the cosine
-        (60, 20, 0.5),
-        (99, 20, 0.0003855),  # the last step: sin(pi / 160)^2
-        (50, 0, 0.5),
-    ],
-)
-def test_learning_rate(step, warmup, expected):
-    assert common.learning_rate(step, 100, warmup, 3.0) == pytest.approx(3 * expected, abs=1e-6)
+RATES = [  # step, steps of warm-up, share of the base rate
+    (0, 20, 1 / 20),  # the first step of the warm-up is not lost
+    (19, 20, 1.0),  # the last
+    (2, 2.5, 1.0),  # it need not be whole steps
+    (20, 20, 1.0),  # the first of the cosine
+    (60, 20, 0.5),
+    (99, 20, 0.0003855),  # the last step: sin(pi / 160)^2
+    (50, 0, 0.5),
+]
+
+
+@pytest.mark.parametrize("step, warmup, share", RATES)
+def test_learning_rate(step, warmup, share):
+    assert common.learning_rate(step, 100, warmup, 3.0) == pytest.approx(3 * share, abs=1e-6)
     if step >= warmup:
         lifted = common.learning_rate(step, 100, warmup, 3.0, final=1.0)
-        assert lifted == pytest.approx(1 + 2 * expected, abs=1e-6)
+        assert lifted == pytest.approx(1 + 2 * share, abs=1e-6)
 
 
-@pytest.mark.parametrize(
-    "name, expected",
-    [
-        ("sgd", 2 - 0.1 * 0.5 * 2),  # p - lr * decay * p
-        ("adamw", 2 - 0.1 * 0.5 * 2),  # the same: the decay is apart from the gradient
-        ("adam", 2 - 0.1),  # the decay is the gradient, whose size Adam divides out
-        ("lars", 2 - 0.1 * 0.001 * 2),  # so does LARS: p - lr * trust * |p| / |u| * u
-    ],
-)
-def test_optimizers_decay_matrices_alone(name, expected):
+DECAYED = {  # what one step makes of a matrix of twos without a gradient, rate .1, decay .5
+    "sgd": 2 - 0.1 * 0.5 * 2,  # p - lr * decay * p
+    "adamw": 2 - 0.1 * 0.5 * 2,  # the same: the decay is apart from the gradient
+    "adam": 2 - 0.1,  # the decay is the gradient, whose size Adam divides out
+    "lars": 2 - 0.1 * 0.001 * 2,  # so does LARS: p - lr * trust * |p| / |u| * u
+}
+
+
+@pytest.mark.parametrize("name", DECAYED)
+def test_optimizers_decay_matrices_alone(name):
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 2))
     knobs = {"momentum": 0.7, "weight_decay": 0.5, "precision": "fp32"}
     args = SimpleNamespace(optimizer=name, scaled_lr=0.1, **knobs)
     optimizer = common.make_optimizer(model, args)
     assert type(optimizer).__name__.lower() == name
-    held = [id(p) for group in optimizer.param_groups for p in group["params"]]
-    assert sorted(held) == sorted(id(p) for p in model.parameters())
     assert all(group.get("momentum", 0.7) == 0.7 for group in optimizer.param_groups)
     for p in model.parameters():
         nn.init.constant_(p, 2.0)
         p.grad = torch.zeros_like(p)
     optimizer.step()
     for p in model.parameters():
-        close(p.detach(), torch.full_like(p, expected if p.ndim > 1 else 2.0), 1e-6)
+        close(p.detach(), torch.full_like(p, DECAYED[name] if p.ndim > 1 else 2.0), 1e-6)
 
 
 def lars_step(p, g, m, lr, weight_decay):
@@ -157,10 +156,10 @@ def test_resnet_is_torchvisions(stem):
     assert model.num_features == 512
 
 
-@pytest.mark.parametrize("words, name", [(("resnet19",), "resnet19"), (("resnet18", "big"), "big")])
-def test_unknown_resnet_is_named(words, name):
-    with pytest.raises(ValueError, match=name):
-        common.resnet(*words)
+def test_unknown_resnet_is_named():
+    for words in ["resnet19"], ["resnet18", "big"]:
+        with pytest.raises(ValueError, match=words[-1]):
+            common.resnet(*words)
 
 
 def test_mlp():
@@ -170,18 +169,6 @@ def test_mlp():
     assert [type(layer) for layer in plain] == [nn.Linear, nn.ReLU, nn.Linear]
     assert plain[0].bias is None and plain[2].bias is not None
     assert plain(torch.zeros(2, 8)).shape == (2, 4)
-
-
-def test_views_pass_together_or_one_by_one():
-    """Batch norm tells, by what it takes its statistics of."""
-    views = [torch.randn(5, 4, generator=rng(i)) * (i + 1) for i in range(3)]
-    norm = nn.BatchNorm1d(4, affine=False)
-    apart = common.forward_views(norm, views, concat=False)
-    together = common.forward_views(norm, views, concat=True)
-    assert len(apart) == len(together) == 3
-    for y, x in zip(apart, views, strict=True):
-        close(y, norm(x))
-    close(torch.cat(together), norm(torch.cat(views)))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -240,11 +227,10 @@ def test_encode_is_the_backbone_in_eval_mode():
         close(features, backbone.eval()(TF.normalize(split.images / 255, MEAN, STD)))
 
 
-def test_collapse_figures_of_collapsed_features():
-    for features in torch.full((64, 16), 0.3), torch.zeros(64, 16):
-        figures = common.collapse_figures(features)
-        assert figures["feature_std"] == pytest.approx(0, abs=1e-5)
-        assert figures["effective_rank"] == pytest.approx(1, abs=1e-2)
+@pytest.mark.parametrize("value", [0.3, 0.0])
+def test_collapse_figures_of_collapsed_features(value):
+    figures = common.collapse_figures(torch.full((64, 16), value))
+    assert figures == pytest.approx({"feature_std": 0, "effective_rank": 1}, abs=1e-2)
 
 
 @pytest.mark.parametrize("n, width", [(64, 20), (20, 64)])
@@ -265,43 +251,26 @@ def test_collapse_figures_equal_their_definitions(n, width):
 
 
 def test_a_seed_depends_on_all_its_arguments():
-    others = (1, "order", 1), (0, "augment", 1), (0, "order", 2)
-    seeds = [common.derived_seed(*arguments) for arguments in others]
-    seed = common.generator(0, "order", 1).initial_seed()
-    assert seed == common.derived_seed(0, "order", 1) and len({seed, *seeds}) == 4
+    words = (0, "order", 1), (1, "order", 1), (0, "augment", 1), (0, "order", 2)
+    seeds = [common.generator(*some).initial_seed() for some in words]
+    assert len(set(seeds)) == 4 and seeds[0] == common.generator(*words[0]).initial_seed()
 
 
 def test_atomic_write(tmp_path, monkeypatch):
-    path, previous, order = tmp_path / "file", tmp_path / "previous", []
-    for name in "fsync", "replace":
-        real = getattr(os, name)
-        note = lambda *words, name=name, real=real: (order.append(name), real(*words))  # noqa: E731
-        monkeypatch.setattr(os, name, note)
+    path, previous, order = tmp_path / "file", tmp_path / "previous", mock.Mock()
+    order.fsync.side_effect, order.replace.side_effect = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", order.fsync)
+    monkeypatch.setattr(os, "replace", order.replace)
     for content in b"old", b"new":
         with common.atomic_write(path, previous) as file:
             file.write(content)
             assert path.exists() == (content == b"new")  # no half-written file has the name
-    assert order == ["fsync", "replace"] * 2 + ["replace"]  # named when all is on disk
-    for error, raised in (ZeroDivisionError, ZeroDivisionError), (RuntimeError, common.InputError):
-        # RuntimeError is how torch.save says that the disk is full
-        with pytest.raises(raised), common.atomic_write(path, previous) as file:
-            file.write(b"newer")
-            raise error
+    names = [call[0] for call in order.mock_calls]
+    assert names == ["fsync", "replace"] * 2 + ["replace"]  # named when all is on disk
+    with pytest.raises(common.InputError), common.atomic_write(path, previous) as file:
+        file.write(b"newer")
+        raise RuntimeError  # how torch.save says that the disk is full
     assert tree(tmp_path) == {path: b"new", previous: b"old"}
-
-
-def test_checksums_of_a_checkpoint(tmp_path):
-    """torch.load does not look at them: it takes a file of which one byte has changed."""
-    path, weights = tmp_path / "checkpoint.pt", torch.full((99,), 1.5)
-    torch.save({"weights": weights, "args": argparse.Namespace(lr=0.1)}, path)
-    whole = common.load_whole(path)
-    assert torch.equal(whole["weights"], weights) and whole["args"].lr == 0.1
-    content = bytearray(path.read_bytes())
-    content[content.index(weights.numpy().tobytes())] ^= 255
-    path.write_bytes(content)
-    assert not torch.equal(common.load_file(path)["weights"], weights)
-    with pytest.raises(common.InputError, match=r"checkpoint.pt: damaged \(.*data"):
-        common.load_whole(path)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -380,28 +349,23 @@ def save_pets(root, sizes):
     save_folder(root, "test", sizes)
 
 
-@pytest.mark.parametrize(
-    "folders, hidden, test",
-    [
-        (["test"], False, "test"),
-        (["val"], False, "val"),
-        (["val", "test"], False, "test"),
-        (["val"], True, "val"),  # as ImageNet's, whose test labels nobody has
-        ([], False, None),
-    ],
-)
-def test_folder_of_equal_sizes_is_held_in_memory(tmp_path, capsys, folders, hidden, test):
-    root, sizes = tmp_path / "pets", [(12, 16)] * 3
-    held = {name: save_folder(root, name, sizes, inside="a/b") for name in ["train", *folders]}
+@pytest.mark.parametrize("folders", [["test"], ["val"], ["val", "test"], ["val", "hidden"], []])
+def test_folder_of_equal_sizes_is_held_in_memory(tmp_path, capsys, folders):
+    """hidden: a test/ without classes, as ImageNet's, whose labels nobody has."""
+    root, hidden = tmp_path / "pets", "hidden" in folders
+    splits = {"train", *folders} - {"hidden"}
+    held = {name: save_folder(root, name, [(12, 16)] * 3, inside="a/b") for name in splits}
     if hidden:
         save_image(root / "test" / "0.png", noise_bytes(1, 12)[0])
     data = load(tmp_path, "pets")
     assert (data.name, data.classes, data.size) == ("pets", ["cat", "dog"], 12)
     assert torch.equal(data.train.images, torch.stack(held["train"]))
     assert data.train.labels.tolist() == [0, 0, 0, 1, 1, 1]
-    assert (data.test is None) == (test is None) and (data.to("cpu").test is None) == (test is None)
-    if test:
+    if folders:
+        test = "test" if "test" in folders else "val"
         assert torch.equal(data.test.images, torch.stack(held[test]))
+    else:
+        assert data.test is None and data.to("cpu").test is None
     note = f"note: {root}/test has no folders of classes: {root}/val is taken\n"
     assert capsys.readouterr().out == note * hidden
 
@@ -499,24 +463,21 @@ class Pictures(list):
             self.append((picture, -1 if split == "unlabeled" else i % 2))
 
 
-@pytest.mark.parametrize(
-    "name, kind, attributes",
-    [
-        ("cifar10", "CIFAR10", {}),
-        ("cifar100", "CIFAR100", {}),
-        ("fashion_mnist", "FashionMNIST", {"mode": "L"}),
-        ("stl10", "STL10", {}),
-        ("imagenette", "Imagenette", {"side": 170, "classes": [("cat", "tom"), ("dog",)]}),
-    ],
-)
-def test_download_is_packed_once(tmp_path, monkeypatch, name, kind, attributes):
-    source = type(kind, (Pictures,), attributes)
-    monkeypatch.setattr(torchvision.datasets, kind, source)
+PUBLISHED = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "fashion_mnist": "FashionMNIST"}
+PUBLISHED |= {"stl10": "STL10", "imagenette": "Imagenette"}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_download_is_packed_once(tmp_path, monkeypatch, name):
+    source = type("Source", (Pictures,), {"mode": "L" if name == "fashion_mnist" else "RGB"})
+    crop = slice(None)
+    if name == "imagenette":  # which has synonyms; of its 170 pixels the central 160
+        source.side, source.classes, crop = 170, [("cat", "tom"), ("dog",)], slice(5, 165)
+    monkeypatch.setattr(torchvision.datasets, PUBLISHED[name], source)
     first = common.load_dataset(name, tmp_path / "data")
     assert [path.name for path in (tmp_path / "data").iterdir()] == [f"{name}.pt"]
-    monkeypatch.setattr(torchvision.datasets, kind, None)
+    monkeypatch.setattr(torchvision.datasets, PUBLISHED[name], None)
     again = common.load_dataset(name, tmp_path / "data")  # read, not downloaded
-    crop = slice(5, 165) if name == "imagenette" else slice(None)  # the central 160 of 170
     for data, key in itertools.product((first, again), ("train", "test")):
         pictures = source("root", split=key, download=True)
         pixels = [TF.pil_to_tensor(picture.convert("RGB")) for picture, _ in pictures]
@@ -526,18 +487,16 @@ def test_download_is_packed_once(tmp_path, monkeypatch, name, kind, attributes):
         assert len(data.pretrain) == (14 if name == "stl10" else 7)
 
 
-@pytest.mark.parametrize(
-    "download, message",
-    [
-        (mock.Mock(side_effect=OSError("no\nroute")), r"download failed \(no route\).*cifar10.pt$"),
-        (type("Wrong", (Pictures,), {"classes": ["cat"]}), "pt: train labels run from 0 to 1"),
-    ],
-)
-def test_failed_download_leaves_nothing(tmp_path, monkeypatch, download, message):
-    monkeypatch.setattr(torchvision.datasets, "CIFAR10", download)
+NO_ROUTE = mock.Mock(side_effect=OSError("no\nroute"))
+WRONG = type("Wrong", (Pictures,), {"classes": ["cat"]})
+
+
+@pytest.mark.parametrize("source, message", [(NO_ROUTE, "no route"), (WRONG, "run from 0 to 1")])
+def test_failed_download_leaves_nothing(tmp_path, monkeypatch, source, message):
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", source)
     with pytest.raises(common.InputError, match=message):
         common.load_dataset("cifar10", tmp_path)
-    assert list(tmp_path.iterdir()) == []
+    assert tree(tmp_path) == {}
 
 
 def test_shapes():
@@ -549,13 +508,11 @@ def test_shapes():
     both = torch.cat([train["images"], test["images"]])
     assert both.shape == (710, 3, 32, 32) and both.dtype == torch.uint8
     assert len(both.flatten(1).unique(dim=0)) == 710
-
-    def neighbours(features):  # the share of the test images whose nearest one has their class
-        distance = torch.cdist(features[510:], features[:510])
-        return (train["labels"][distance.argmin(1)] == test["labels"]).double().mean()
-
-    assert neighbours(both.float().flatten(1)) > 0.6
-    assert neighbours(both.float().mean((2, 3))) < 0.35
+    right = []  # the share of the test images whose nearest training image has their class
+    for features in both.float().flatten(1), both.float().mean((2, 3)):
+        nearest = torch.cdist(features[510:], features[:510]).argmin(1)
+        right.append((train["labels"][nearest] == test["labels"]).double().mean())
+    assert right[0] > 0.6 and right[1] < 0.35
 
 
 # --------------------------------------------------------------------------------------------------
@@ -650,16 +607,16 @@ def flags_of(method):
     return parser, presets, variants
 
 
-@pytest.mark.parametrize(
-    "argv, keys, values",
-    [
-        ("", "default", (1, 1, 0)),
-        ("--dataset pets --method b", "default + pets + b + pets b", (5, 2, 4)),
-        ("--dataset x/pets.pt --alone", "default + pets + alone", (1, 4, 3)),
-        ("--method=b --alone --lr 9", "default + b + alone", (9, 2, 3)),
-        ("--dataset x/pets", "default", (1, 1, 0)),
-    ],
-)
+LAID = [  # what is typed, which presets count, and the --lr, --dim and --k that they give
+    ("", "default", (1, 1, 0)),
+    ("--dataset pets --method b", "default + pets + b + pets b", (5, 2, 4)),
+    ("--dataset x/pets.pt --alone", "default + pets + alone", (1, 4, 3)),
+    ("--method=b --alone --lr 9", "default + b + alone", (9, 2, 3)),
+    ("--dataset x/pets", "default", (1, 1, 0)),
+]
+
+
+@pytest.mark.parametrize("argv, keys, values", LAID)
 def test_presets_are_laid_over_each_other(argv, keys, values, capsys):
     parser = common.Parser("A script.")
     parser.add_argument("--dataset", default="cifar10")
@@ -671,26 +628,14 @@ def test_presets_are_laid_over_each_other(argv, keys, values, capsys):
     presets |= {"pets": {"dim": 4.0, "k": 4.0}, "pets b": {"lr": 5.0}}
     args = common.parse_args(parser, presets, "method", "alone", argv=argv.split())
     assert (args.lr, args.dim, args.k) == values
-    said = f"settings  preset {keys}; given: {argv or 'nothing'}\n"
-    assert capsys.readouterr().out == said
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_presets_say_what_has_no_default_and_name_what_there_is(method):
-    parser, presets, variants = flags_of(method)
-    needed = {"batch_size", "optimizer", "lr", "weight_decay"}
-    assert needed <= presets["default"].keys()
-    assert all(parser.get_default(flag) is None for flag in needed)
-    flags = {action.dest: action for action in parser._actions}
-    words = {word for flag in variants for word in flags[flag].choices or [flag]}
-    pairs = {f"{name} {word}" for name in common.DATASETS for word in words}
-    assert presets.keys() <= {"default", *common.DATASETS, *words, *pairs}
-    assert all(preset.keys() <= flags.keys() for preset in presets.values())
+    assert capsys.readouterr().out == f"settings  preset {keys}; given: {argv or 'nothing'}\n"
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_help_prints_what_will_be_used(method, monkeypatch, capsys):
     parser, presets, variants = flags_of(method)
+    for name in "batch_size", "optimizer", "lr", "weight_decay":  # each method has to say them
+        assert name in presets["default"] and parser.get_default(name) is None
     monkeypatch.setenv("COLUMNS", "1000")
     with pytest.raises(SystemExit):
         common.parse_args(parser, presets, *variants, argv=["--dataset", "shapes", "--help"])
@@ -699,33 +644,27 @@ def test_help_prints_what_will_be_used(method, monkeypatch, capsys):
         assert lines[name.replace("_", "-")].rstrip().endswith(f"(default: {value})")
 
 
-def prepared(toy_file, words=""):
-    """The arguments as `prepare` leaves them, for simclr's flags."""
+PREPARED = [  # what is typed for simclr.py on toy.pt in batches of 16; what follows from it
+    ("", {"compile": False, "mi_weight": None, "device": "cpu", "warmup_epochs": 10}),
+    ("", {"image_size": 16, "stem": "small", "out": "runs/simclr_toy_resnet18"}),
+    ("--arch resnet50 --seed 3", {"out": "runs/simclr_toy_resnet50", "seed": 3}),
+    ("--image-size 65", {"image_size": 65, "stem": "imagenet"}),
+    ("--lr 0.8", {"scaled_lr": 0.05}),  # times 16 / 256
+    ("--lr 0.8 --lr-scaling sqrt", {"scaled_lr": 0.2}),
+    ("--lr 0.8 --lr-scaling none", {"scaled_lr": 0.8}),
+    ("--increase-mi mib", {"mi_weight": 5e-4}),
+    ("--increase-mi mib --mi-weight 0", {"mi_weight": 0}),
+    ("--epochs 40", {"warmup_epochs": 4}),  # a warm-up is meant for a long run
+    ("--epochs 40 --warmup-epochs 10", {"warmup_epochs": 10}),
+]
+
+
+@pytest.mark.parametrize("words, expected", PREPARED)
+def test_prepare_fills_in_what_follows(toy_file, words, expected):
     parser, presets, _ = flags_of("simclr")
     argv = ["--dataset", str(toy_file), "--batch-size", "16", "--device", "cpu", *words.split()]
     args = common.parse_args(parser, presets, argv=argv)
     common.prepare(args, "simclr")
-    return args
-
-
-@pytest.mark.parametrize(
-    "words, expected",
-    [
-        ("", {"compile": False, "mi_weight": None, "device": "cpu", "warmup_epochs": 10}),
-        ("", {"image_size": 16, "stem": "small", "out": "runs/simclr_toy_resnet18"}),
-        ("--arch resnet50 --seed 3", {"out": "runs/simclr_toy_resnet50", "seed": 3}),
-        ("--image-size 65", {"image_size": 65, "stem": "imagenet"}),
-        ("--lr 0.8", {"scaled_lr": 0.05}),  # times 16 / 256
-        ("--lr 0.8 --lr-scaling sqrt", {"scaled_lr": 0.2}),
-        ("--lr 0.8 --lr-scaling none", {"scaled_lr": 0.8}),
-        ("--increase-mi mib", {"mi_weight": 5e-4}),
-        ("--increase-mi mib --mi-weight 0", {"mi_weight": 0}),
-        ("--epochs 40", {"warmup_epochs": 4}),  # a warm-up is meant for a long run
-        ("--epochs 40 --warmup-epochs 10", {"warmup_epochs": 10}),
-    ],
-)
-def test_prepare_fills_in_what_follows(toy_file, words, expected):
-    args = prepared(toy_file, words)
     assert {name: getattr(args, name) for name in expected} == pytest.approx(expected)
     first = torch.rand(3)
     assert torch.equal(first, torch.rand(3, generator=rng(args.seed)))  # the initial weights'
@@ -735,11 +674,11 @@ def test_prepare_fills_in_what_follows(toy_file, words, expected):
 # What is refused: in one line that says what is wrong, no file changed
 
 
-class Opens:
-    """Unpickling one runs code."""
+class Payload:
+    """Unpickling one runs code: it makes a file, as it could delete the user's."""
 
     def __reduce__(self):
-        return open, ("ran", "w")
+        return open, ("payload_ran", "w")
 
 
 def given(value, root, toy):
@@ -777,8 +716,8 @@ def npz(change, root, toy):
 
 
 of = functools.partial
-REFUSED = [  # what is loaded, or what is typed after simclr.py
-    (of(given, {"a": Opens()}), "mine.pt: .* holds .*open, which is no plain value; nothing was"),
+REFUSED = [
+    (of(given, {"a": Payload()}), "mine.pt: .* holds .*open, which is no plain value; nothing was"),
     ("nothing.pt", "nothing.pt: no such file"),
     ("cifar11", "'cifar11' is none of cifar10, cifar100, .* nor a folder, nor a .pt file"),
     (of(given, {"train": None}), "mine.pt: not a packed dataset: expected a dict"),
@@ -803,26 +742,15 @@ REFUSED = [  # what is loaded, or what is typed after simclr.py
     (of(npz, {"labels": np.array([0, 5])}), "train labels run from -1 to 998, but .* 1000 classes"),
     (of(npz, {"labels": np.array([1, None])}), "batch_10.npz: .*pickle"),  # which could run code
     ("imagenet100", "unpack it as .*/imagenet100/train/CLASS/.* at .*/imagenet100.pt$"),
-    ("--epoch 1", "unrecognized arguments: --epoch 1"),  # which could come to mean another flag
-    ("--lr nan", "--lr: nan is out of range, expected a number of at least 1e-09"),
-    ("--lr inf", "--lr: inf is out of range"),
-    ("--momentum 1.1", "--momentum: 1.1 is out of range, expected a number from 0 to 1"),
-    ("--batch-size 65", "--batch-size 65 exceeds the 64 training images"),
-    ("--warmup-epochs 9 --epochs 8", "--warmup-epochs 9 exceeds --epochs 8"),
-    ("--mi-weight 1", "--mi-weight needs --increase-mi"),
-    ("--device abacus", "--device abacus cannot be used here: "),
 ]
 
 
 @pytest.mark.parametrize("spoiled, message", REFUSED)
-def test_refused(tmp_path, monkeypatch, toy, toy_file, spoiled, message):
+def test_refused(tmp_path, monkeypatch, toy, spoiled, message):
     monkeypatch.chdir(tmp_path)
     name = str(spoiled(tmp_path, toy)) if callable(spoiled) else spoiled
     before = tree(tmp_path)
     with pytest.raises(common.InputError) as error:
-        if name.startswith("--"):
-            prepared(toy_file, name)
-        else:
-            common.load_dataset(name, tmp_path)
+        common.load_dataset(name, tmp_path)
     assert re.search(message, str(error.value)) and "\n" not in str(error.value)
     assert tree(tmp_path) == before  # nothing was written, nor run

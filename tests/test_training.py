@@ -1,6 +1,6 @@
 """The training scripts, each run whole on a few small images: what a run writes and prints, that a
-stopped run goes on bit for bit, that nothing is random but for the seed, and that what cannot work
-ends in one line and leaves nothing behind."""
+stopped run goes on bit for bit, that only the seed is random, and that what cannot work is refused
+in one line and leaves nothing behind."""
 
 import contextlib
 import errno
@@ -16,6 +16,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections import OrderedDict
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,8 +25,11 @@ from unittest import mock
 import pytest
 import torch
 import torchvision
+from conftest import noise
 from PIL import Image
+from test_common import Payload, save_folder, tree
 from torch import nn
+from torch.utils._pytree import tree_flatten
 
 import common
 
@@ -63,17 +67,14 @@ class SmallEncoder(nn.Sequential):
 
 def call(script, *argv):
     """Run a script, perhaps with flags, or a main, here: (exit status, stdout, stderr)."""
-    out, err, given, main = io.StringIO(), io.StringIO(), [], script
+    out, err, name, given, main = io.StringIO(), io.StringIO(), "new_method", [], script
     if isinstance(script, str):
-        script, *given = script.split()
-        main = importlib.import_module(script).main
-    else:
-        script = "new_method"
-    words = [f"{script}.py", *map(str, argv), *given]
+        name, *given = script.split()
+        main = importlib.import_module(name).main
     with (
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
-        mock.patch.object(sys, "argv", words),
+        mock.patch.object(sys, "argv", [f"{name}.py", *map(str, argv), *given]),
     ):
         try:
             status = common.run(main) or 0
@@ -99,26 +100,19 @@ def fail(script, *argv):
 
 def built(script, *argv):
     """(method, model, data, recipes, args): what a script hands to common.train."""
-    (script, *given), handed = script.split(), []
+    script, *given = script.split()
     with (
-        mock.patch.object(common, "train", lambda *values: handed.extend(values)),
+        mock.patch.object(common, "train") as train,
         mock.patch.object(sys, "argv", [f"{script}.py", *map(str, argv), *given]),
         contextlib.redirect_stdout(io.StringIO()),
     ):
         importlib.import_module(script).main()
-    return handed
-
-
-def random_split(n, size=16, classes=4, seed=0):
-    rng = torch.Generator().manual_seed(seed)
-    images = torch.randint(256, (n, 3, size, size), generator=rng, dtype=torch.uint8)
-    return {"images": images, "labels": torch.arange(n) % classes}
+    return train.call_args.args
 
 
 def toy(n=68, size=16):
-    """A packed dataset of noise: four classes, n training and 32 test images."""
-    test = random_split(32, size, seed=1)
-    return {"train": random_split(n, size), "test": test, "classes": ["a", "b", "c", "d"]}
+    """A short fifth batch of 16 is left out."""
+    return noise(n, size)
 
 
 def store(value, path):
@@ -138,22 +132,24 @@ def without_speed(log):
     return [{k: v for k, v in entry.items() if k != "images_per_second"} for entry in log]
 
 
+def wait_for(path):
+    deadline = time.monotonic() + 240
+    while not Path(path).exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+
 def equal(a, b):
     """Whether nested dicts and lists hold the same values, tensors bit for bit."""
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(equal, a, b))
-    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+    (ours, kind), (theirs, other) = tree_flatten(a), tree_flatten(b)
+    pairs = zip(ours, theirs, strict=False)
+    same = (torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y for x, y in pairs)
+    return kind == other and all(same)
 
 
 def finite(value):
     """Whether all numbers in a file of torch.save are finite."""
-    if isinstance(value, dict | list | tuple):
-        return all(map(finite, value.values() if isinstance(value, dict) else value))
-    if isinstance(value, torch.Tensor):
-        return bool(value.isfinite().all())
-    return not isinstance(value, float) or math.isfinite(value)
+    numbers = (x for x in tree_flatten(value)[0] if isinstance(x, float | torch.Tensor))
+    return all(torch.as_tensor(x).isfinite().all() for x in numbers)
 
 
 def assert_same_run(out, whole):
@@ -166,41 +162,13 @@ def assert_same_run(out, whole):
     ours, theirs = load(Path(out, "encoder.pt")), load(Path(whole, "encoder.pt"))
     assert equal(ours["state_dict"], theirs["state_dict"]) and ours["epoch"] == theirs["epoch"]
     files = [{path.name for path in Path(folder).iterdir()} for folder in (out, whole)]
-    assert files[0] ^ files[1] <= {"checkpoint.previous.pt"}
+    assert files[0] ^ files[1] <= {"checkpoint.previous.pt", "encoder_00002.pt"}
 
 
-def listing(folder):
-    """Every file and folder below, with size and time of the files."""
-    paths = {path: path.stat() for path in sorted(Path(folder).rglob("*"))}
-    return {p: (s.st_size, s.st_mtime_ns) if p.is_file() else None for p, s in paths.items()}
-
-
-def image_folder(root, sizes, splits=("train", "test")):
-    """Four images of each of two classes in each split; their sizes take turns."""
-    rng = torch.Generator().manual_seed(0)
-    for split, name, i in itertools.product(splits, ("cat", "dog"), range(4)):
-        size = sizes[i % len(sizes)]
-        pixels = torch.randint(256, (size, size, 3), generator=rng, dtype=torch.uint8)
-        path = Path(root, split, name, f"{i}.png")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(pixels.numpy()).save(path)
-    return path
-
-
-class Payload:
-    """A pickle that makes a file when it is loaded, as one could delete the user's."""
-
-    def __reduce__(self):
-        return Path.touch, (Path("payload_ran"),)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Networks as small as these only wait for a second one."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+def save_pets(root, sizes, splits=("train", "test")):
+    """Four square images of each of two classes in each split; their sizes take turns."""
+    for split in splits:
+        save_folder(Path(root), split, [(side, side) for side in sizes] * (4 // len(sizes)))
 
 
 @pytest.fixture(autouse=True)
@@ -268,9 +236,6 @@ def finished(request, tmp_path_factory):
     shutil.rmtree(base)
 
 
-first_method = pytest.mark.parametrize("finished", ["simclr"], indirect=True)
-
-
 def test_files(finished):
     written = {"checkpoint.pt", "encoder.pt", "log.jsonl", "views.png", "config.json"}
     assert {path.name for path in finished.out.iterdir()} == written
@@ -288,8 +253,7 @@ def test_log(finished):
     (entry,) = read_log(finished.out)
     assert (entry["epoch"], entry["step"]) == (1, 2)  # 34 images: the short third batch is left out
     assert entry.keys() >= {"loss", "lr", "images_per_second", "knn_top1"}
-    collapse = {"feature_std", "effective_rank"}, {"h_std", "h_rank"}
-    assert any(entry.keys() >= figures for figures in collapse)
+    assert entry.keys() >= {"feature_std", "effective_rank"} or entry.keys() >= {"h_std", "h_rank"}
     assert all(isinstance(v, int | float) and math.isfinite(v) for v in entry.values()), entry
     assert 0 <= entry["knn_top1"] <= 1
     if "supcon_tcl" in finished.script:
@@ -304,11 +268,8 @@ def test_log(finished):
 def test_encoder_file(finished):
     saved = load(finished.out / "encoder.pt")
     known = {"arch": "resnet18", "stem": "imagenet", "image_size": 32, "dataset": "toy", "epoch": 1}
-    known["method"] = finished.name
-    assert {key: saved[key] for key in known} == known
-    assert len(saved["mean"]) == len(saved["std"]) == 3
-    assert saved["config"]["epochs"] == 1
-
+    assert saved.items() >= (known | {"method": finished.name}).items()
+    assert len(saved["mean"]) == len(saved["std"]) == 3 and saved["config"]["epochs"] == 1
     about = {key: value for key, value in saved.items() if key != "state_dict"}
     assert json.loads(json.dumps(about)) == about  # plain values: no tuple, no Path
     assert {type(value) for value in saved["state_dict"].values()} == {torch.Tensor}
@@ -324,7 +285,7 @@ def test_encoder_file(finished):
 def test_what_is_printed(finished):
     """A screen that can be read: a dozen lines, then one for each epoch, then what to do next."""
     lines = finished.stdout.splitlines()
-    first = next(i for i, line in enumerate(lines) if line.startswith("epoch 1/1"))
+    (first,) = [i for i, line in enumerate(lines) if line.startswith("epoch 1/1")]
     assert 0 < first <= 12 and max(map(len, lines[:first])) <= 120
     python, script, *argv = shlex.split(lines[-1])
     assert (python, script) == ("python", "linear_eval.py")
@@ -333,7 +294,7 @@ def test_what_is_printed(finished):
     assert flags["--dataset"] == str(finished.argv[1])
 
 
-@first_method
+@pytest.mark.parametrize("finished", ["simclr"], indirect=True)
 def test_the_printed_evaluation_runs(finished):
     _, script, *argv = shlex.split(finished.stdout.splitlines()[-1])
     printed = succeed(script.removesuffix(".py"), *argv, *CPU, "--epochs", "1")
@@ -341,35 +302,27 @@ def test_the_printed_evaluation_runs(finished):
     assert 0 <= figures["top1"] <= 1 and 0 <= figures["knn_top1"] <= 1
 
 
-def test_from_the_shell(folder):
-    """As a user starts it, from another folder and without --out."""
-    argv = [sys.executable, ROOT / "simclr.py", "--dataset", "toy.pt", *TINY, *NARROW]
-    run = subprocess.run(argv, capture_output=True, text=True)
-    assert (run.returncode, run.stderr) == (0, "")
-    written = {"checkpoint.pt", "encoder.pt", "log.jsonl", "views.png", "config.json"}
-    out = Path("runs/simclr_toy_resnet18")
-    assert {path.name for path in out.iterdir()} == written
-
-
-def test_encoders_are_kept_for_save_every(small, whole):
-    argv = [*THREE_EPOCHS, "--out", "run", "--save-every", "2"]
-    with arriving(at=9):  # stopped in the third epoch: that is no reason to keep one
-        assert call("simclr", *argv)[0] == 128 + signal.SIGTERM
-    assert [path.name for path in Path("run").glob("encoder_*")] == ["encoder_00002.pt"]
-    assert load("run/encoder_00002.pt")["step"] == 8 and load("run/encoder.pt")["step"] == 9
-    succeed("simclr", *argv, "--epochs", "3", "--resume", "--save-every", "1")
-    kept = sorted(path.name for path in Path("run").glob("encoder_*"))
-    assert kept == ["encoder_00002.pt", "encoder_00003.pt"]
-    assert [load(Path("run", name))["epoch"] for name in kept] == [2, 3]
-    last = load("run/encoder_00003.pt")["state_dict"]
-    assert equal(last, load(whole("simclr") / "encoder.pt")["state_dict"])
-    assert not equal(last, load("run/encoder_00002.pt")["state_dict"])
+@pytest.mark.parametrize("corrupt", [pytest.param(False, marks=pytest.mark.slow), True])
+def test_from_the_shell(corrupt, folder):
+    """From another folder, without --out, and with a worker: if it finds a corrupt image, its
+    traceback comes along and is left out."""
+    save_pets("pets", [16, 20], ["train"])
+    path = Path("pets/train/dog/3.png")
+    path.write_bytes(path.read_bytes()[: 100 if corrupt else None])
+    argv = ["--dataset", "pets", *TINY, *NARROW, "--image-size", "32", "--batch-size", "4"]
+    command = [sys.executable, ROOT / "simclr.py", *argv, "--workers", "1"]
+    run = subprocess.run(command, capture_output=True, text=True)
+    names = {path.name for path in Path("runs/simclr_pets_resnet18").iterdir()}
+    if corrupt:
+        assert run.returncode == 2 and run.stderr.count("\n") == 1, run.stderr
+        assert run.stderr.startswith("simclr.py: error: pets") and "3.png" in run.stderr
+        assert not any(name.endswith(".pt") for name in names)
+    else:
+        assert (run.returncode, run.stderr) == (0, "") and "encoder.pt" in names
 
 
 def test_progress_of_an_epoch(small):
-    """Where a minute passes between two steps, a line for each; on a quick machine, none."""
-    printed = succeed("simclr", *THREE_EPOCHS, "--out", "quick").splitlines()
-    assert len([line for line in printed if line.startswith("epoch ")]) == 3
+    """Where a minute passes between two steps, a line for each."""
     with slow_clock():
         printed = succeed("simclr", *THREE_EPOCHS, "--out", "slow").splitlines()
     lines = [line for line in printed if line.startswith("epoch 2/3  step ")]
@@ -384,7 +337,7 @@ def test_progress_of_an_epoch(small):
 
 
 class Minimal(nn.Module):
-    """No more than the contract in common.train's docstring asks for."""
+    """No more than the contract in common.train's docstring asks for; it notes what it gets."""
 
     def __init__(self, backbone):
         super().__init__()
@@ -404,18 +357,21 @@ class WithAfterStep(Minimal):
 
 
 def script_of(make, made=None):
-    """A main, as a method file has it."""
+    """A main, as a method file has it; the model is added to `made`."""
 
     def main():
         preset = {"optimizer": "sgd", "lr": 0.1, "batch_size": 16, "weight_decay": 0.0}
         args = common.parse_args(common.base_parser("A method."), {"default": preset})
-        data = common.prepare(args, "minimal")
-        model = make(common.resnet(args.arch, args.stem))
-        if made is not None:
-            made.append(model)
+        data, model = common.prepare(args, "minimal"), make(common.resnet(args.arch, args.stem))
+        (made if made is not None else []).append(model)
         common.train("minimal", model, data, common.symmetric(args.views), args)
 
     return main
+
+
+def with_unlabeled(n):
+    """toy(n), and 32 images without labels."""
+    return toy(n) | {"unlabeled": {"images": noise(32)["train"]["images"]}}
 
 
 SHORT = ["--dataset", "toy.pt", *TINY, "--epochs", "2", "--out", "run"]
@@ -423,9 +379,8 @@ SHORT = ["--dataset", "toy.pt", *TINY, "--epochs", "2", "--out", "run"]
 
 def test_the_contract_of_a_method(small):
     """Views and labels come in; terms, floats and tensors alike, are logged as their means."""
-    data, made = toy(32), []
-    data["unlabeled"] = {"images": random_split(32, seed=7)["images"]}
-    store(data, "toy.pt")
+    made = []
+    store(with_unlabeled(32), "toy.pt")
     succeed(script_of(WithAfterStep, made), *SHORT, "--views", "3")
     (model,) = made
     assert len(model.seen) == 8 and model.moved
@@ -435,88 +390,62 @@ def test_the_contract_of_a_method(small):
     labels = torch.cat([labels for _, labels, _ in model.seen[:4]])
     assert sorted(labels.tolist()) == [-1] * 32 + sorted(list(range(4)) * 8)  # each image once
     assert model.progress == [step / 8 for step in range(1, 9)]
-    log = read_log("run")
-    assert [entry["float"] for entry in log] == [1.5, 5.5]
-    assert [entry["tensor"] for entry in log] == [3.0, 11.0]
     warmup, scaled = 0.2 * 4, 0.1 * 16 / 256  # a tenth of the epochs; lr is for 256 images
-    last = [common.learning_rate(step, 8, warmup, scaled) for step in (3, 7)]
-    assert [entry["lr"] for entry in log] == pytest.approx(last)
-    assert "knn_top1" not in log[0]  # --knn-every 0
-
-
-def test_float_terms_go_on_as_if_nothing_had_happened(small):
-    """Without after_step, without tensors of its own: stopped in the middle of an epoch."""
-    succeed(script_of(Minimal), *SHORT[:-1], "whole")
-    with arriving(at=6):
-        assert call(script_of(Minimal), *SHORT)[0] == 128 + signal.SIGTERM
-    assert load("run/checkpoint.pt")["sums"]["float"] == 4 + 5
-    # The method counts its calls, which is its own business: here it begins again at 0.
-    succeed(script_of(Minimal), *SHORT, "--resume")
-    assert read_log("run")[1]["float"] == (4 + 5 + 0 + 1) / 4
-    for key in "model", "optimizer":
-        assert equal(load("run/checkpoint.pt")[key], load("whole/checkpoint.pt")[key])
+    for entry, step, mean in zip(read_log("run"), (3, 7), (1.5, 5.5), strict=True):
+        assert (entry["float"], entry["tensor"]) == (mean, 2 * mean) and "knn_top1" not in entry
+        assert entry["lr"] == pytest.approx(common.learning_rate(step, 8, warmup, scaled))
 
 
 def test_views_together_or_apart_by_flag(small):
     message = fail(script_of(Minimal), *SHORT, "--concat-views")
     assert "--concat-views: this method" in message and not Path("run").exists()
-    runs = {}
-    for flag in "", "--concat-views", "--no-concat-views":
-        succeed("byol", *THREE_EPOCHS, *([flag] if flag else []), "--out", "run")
-        runs[flag] = load("run/encoder.pt")["state_dict"]
-        shutil.rmtree("run")
-    assert equal(runs[""], runs["--no-concat-views"])
-    assert not equal(runs[""], runs["--concat-views"])
+    runs = []
+    for flag in [], ["--no-concat-views"], ["--concat-views"]:
+        succeed("byol", *THREE_EPOCHS, *flag, "--out", f"run{flag}")
+        runs.append(load(f"run{flag}/encoder.pt")["state_dict"])
+    assert equal(runs[0], runs[1]) and not equal(runs[0], runs[2])
 
 
 @every_method
 def test_loss_decreases_on_one_batch(method, small):
     """The model as its script builds it, and the views that its script asks for."""
     name, model, data, recipes, args = built(method, *THREE_EPOCHS)
-    assert name == METHODS[method]
     augment = common.Augment(recipes, args.image_size, data.mean, data.std)
     views = augment(data.train.images[:32], common.generator(0, "views", 0))
     optimizer, losses = torch.optim.Adam(model.parameters(), 3e-3), []
-    first_kernel = model.backbone.conv1.weight.detach().clone()
+    kernel = model.backbone.conv1.weight.detach().clone()
     for step in range(1, 61):
         loss, terms = model(views, data.train.labels[:32])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        if hasattr(model, "after_step"):
-            model.after_step(step / 60)
+        getattr(model, "after_step", lambda progress: None)(step / 60)
         losses.append(loss.item())
-    assert all(torch.as_tensor(value).ndim == 0 for value in terms.values())
+    assert name == METHODS[method] and all(torch.as_tensor(x).ndim == 0 for x in terms.values())
     first = losses[10 if method == "corinfomax" else 0]  # its running covariance starts at I
     assert max(losses[-5:]) < first - 0.1 * abs(first), losses
-    assert not torch.equal(model.backbone.conv1.weight, first_kernel)  # not the heads alone
+    assert not torch.equal(model.backbone.conv1.weight, kernel)  # not the heads alone
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 @every_method
-def test_precision(method, precision, small):
-    argv = [*THREE_EPOCHS, "--epochs", "1", "--lr", "1e-3", "--out", "run"]
-    succeed(method, *argv, "--precision", precision)
-    assert finite(load("run/encoder.pt")) and math.isfinite(read_log("run")[0]["loss"])
-
-
-@every_method
-def test_nothing_is_random_but_for_the_seed(method, small):
+def test_nothing_is_random_but_for_the_seed(method, precision, small):
+    argv = [*THREE_EPOCHS, "--epochs", "1", "--lr", "1e-3", "--precision", precision]
     weights, views = [], []
     for i, seed in enumerate([3, 3, 4]):
         torch.manual_seed(i)  # what was drawn before the run does not enter
-        succeed(method, *THREE_EPOCHS, "--epochs", "1", "--seed", seed, "--out", f"run{i}")
+        succeed(method, *argv, "--seed", seed, "--out", f"run{i}")
         weights.append(load(f"run{i}/checkpoint.pt")["model"])
         views.append(Path(f"run{i}/views.png").read_bytes())
-    assert equal(weights[0], weights[1]) and views[0] == views[1]
+    assert finite(weights) and math.isfinite(read_log("run0")[0]["loss"])
+    assert equal(weights[0], weights[1]) and views[0] == views[1] != views[2]
     assert not torch.equal(weights[0]["backbone.conv1.weight"], weights[2]["backbone.conv1.weight"])
-    assert views[0] != views[2]
 
 
 @pytest.mark.parametrize("sizes", [[32], [32, 40]], ids=["equal", "mixed"])
 def test_image_folder(sizes, small):
     """Mixed sizes are decoded by workers, whose number changes nothing; nor does being stopped."""
-    image_folder("pets", sizes)
+    save_pets("pets", sizes)
     argv = ["--dataset", "pets", *TINY, *NARROW, "--batch-size", "2", "--image-size", "32"]
     argv += ["--knn-every", "1", "--epochs", "2"]
     succeed("simclr", *argv, "--out", "run")
@@ -530,9 +459,7 @@ def test_image_folder(sizes, small):
 
 
 def test_supervised_training_leaves_unlabeled_images_out(small):
-    data = toy(16)
-    data["unlabeled"] = {"images": random_split(32, seed=7)["images"]}
-    store(data, "toy.pt")
+    store(with_unlabeled(16), "toy.pt")
     for script, steps in ("supcon_tcl", 1), ("simclr", 3):  # of 16 images: one step
         succeed(script, *THREE_EPOCHS, "--epochs", "1", "--out", script)
         assert read_log(script)[-1]["step"] == steps
@@ -560,22 +487,10 @@ def test_recipe_of_s002(small):
     assert [entry["lr"] for entry in read_log("runs/simclr_s002_toy_resnet18")] == [3e-4] * 3
 
 
-def test_self_supervised_settings_hold_on_every_dataset(small):
-    """Labels, or their absence, decide on the views and the optimiser, not the dataset."""
-    Path("data").mkdir()
-    for name in "cifar10", "fashion_mnist", "cifar100":
-        store(toy(), f"data/{name}.pt")
-        argv = ["--dataset", name, "--batch-size", "16", *CPU]
-        *_, args = built("supcon_tcl --loss tcl --self-supervised", *argv)
-        found = args.optimizer, args.lr, args.k1, args.k2, args.augment, args.views
-        assert found == ("adam", 1e-3, 1, 1.5, "simaugment", 3)
-
-
 # --------------------------------------------------------------------------------------------------
 # Stopped, and gone on with
 
 
-@contextlib.contextmanager
 def arriving(at, number=signal.SIGTERM):
     """A signal in the step that is the at-th of a run."""
     generator = common.generator
@@ -585,11 +500,9 @@ def arriving(at, number=signal.SIGTERM):
             os.kill(os.getpid(), number)
         return generator(seed, purpose, step, *device)
 
-    with mock.patch.object(common, "generator", in_that_step):
-        yield
+    return mock.patch.object(common, "generator", in_that_step)
 
 
-@contextlib.contextmanager
 def at_call(name, n, act):
     """`act` in the n-th call of a function of common.py, before it does anything."""
     function, calls = getattr(common, name), itertools.count(1)
@@ -599,17 +512,13 @@ def at_call(name, n, act):
             act()
         return function(*given)
 
-    with mock.patch.object(common, name, wrapped):
-        yield
+    return mock.patch.object(common, name, wrapped)
 
 
-@contextlib.contextmanager
 def slow_clock():
     """More than a minute between two looks at the clock."""
-    ticks = itertools.count(0, 61)
-    clock = SimpleNamespace(time=lambda: next(ticks), monotonic=lambda: next(ticks))
-    with mock.patch.object(common, "time", clock):
-        yield
+    tick = itertools.count(0, 61).__next__
+    return mock.patch.object(common, "time", SimpleNamespace(time=tick, monotonic=tick))
 
 
 STOPS = [(method, [6]) for method in METHODS]
@@ -670,52 +579,31 @@ def test_a_second_ctrl_c_stops_at_once(small, monkeypatch):
     assert status == 130 and "interrupted" in err and not Path("run/checkpoint.pt").exists()
 
 
-def interrupt():
-    raise KeyboardInterrupt
-
-
-@pytest.mark.parametrize("how, epoch", [("quick", 1), ("--save-every 2", 2), ("slow", 2)])
+@pytest.mark.parametrize("how, epoch", [("", 1), ("--save-every 2", 2), ("slow", 2)])
 def test_what_is_saved_when(how, epoch, small, whole):
     """Ended without warning in the third epoch, a run goes on from the first, from what
     --save-every names, or from the last one that was a minute after another."""
-    argv = [*THREE_EPOCHS, *(how.split() if "--" in how else []), "--out", "run"]
-    clock = slow_clock if how == "slow" else contextlib.nullcontext
-    with clock(), at_call("collapse_figures", 3, interrupt):
+    argv = [*THREE_EPOCHS, "--out", "run", *(how.split() if "--" in how else [])]
+    clock = slow_clock() if how == "slow" else contextlib.nullcontext()
+    with clock, at_call("collapse_figures", 3, mock.Mock(side_effect=KeyboardInterrupt)):
         status, _, err = call("simclr", *argv)
     assert status == 130 and "--resume" in err and err.count("\n") == 1
-    assert load("run/checkpoint.pt")["epoch"] == epoch and not list(Path("run").glob("*.tmp"))
-    assert len(read_log("run")) == 2
-    with arriving(at=4 * epoch + 1):
+    assert load("run/checkpoint.pt")["epoch"] == epoch and len(read_log("run")) == 2
+    with arriving(at=4 * epoch + 1):  # in the middle of an epoch: no reason to keep an encoder
         _, printed, _ = call("simclr", *argv, "--resume")
     assert f"resumed from step {4 * epoch} (epoch {epoch})" in printed.splitlines()
     assert len(read_log("run")) == epoch  # without what came after the checkpoint
+    kept = {path.name: load(path)["step"] for path in Path("run").glob("encoder_*")}
+    assert kept == ({"encoder_00002.pt": 8} if "--" in how else {})
     succeed("simclr", *argv, "--resume")
-    for path in Path("run").glob("encoder_*"):
-        path.unlink()
-    assert_same_run("run", whole("simclr"))
-
-
-@pytest.mark.parametrize("flag", [[], ["--resume"]])
-def test_where_nothing_was_saved_a_run_begins(flag, small, whole):
-    """No folder, or one of a run that was killed before it saved anything."""
-    succeed("simclr", *THREE_EPOCHS, "--out", "run", *flag)
-    assert_same_run("run", whole("simclr"))
-    for path in Path("run").iterdir():
-        if path.suffix == ".pt":
-            path.rename(f"{path}.tmp")  # a half-written one stays behind
-    printed = succeed("simclr", *THREE_EPOCHS, "--out", "run", *flag)
-    assert "resumed" not in printed
-    assert ("no checkpoint yet: from the beginning" in printed) == ("--resume" in flag)
-    for path in Path("run").glob("*.tmp"):
-        path.unlink()
     assert_same_run("run", whole("simclr"))
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "a byte", "gone", "no checkpoint"])
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(damage, small, whole):
-    argv = [*THREE_EPOCHS, "--out", "run"]
-    succeed("simclr", *argv)
-    path = Path("run/checkpoint.pt")
+    shutil.copytree(whole("simclr"), "run")
+    argv = [*THREE_EPOCHS, "--out", "run", "--resume"]
+    path, previous = Path("run/checkpoint.pt"), Path("run/checkpoint.previous.pt")
     content = bytearray(path.read_bytes())
     middle = len(content) // 2
     content[middle] ^= 255
@@ -725,152 +613,94 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(damage, small, whole):
         store({"model": 1}, path)
     else:
         path.write_bytes({"cut": content[:middle], "empty": b"", "a byte": content}[damage])
-    status, out, err = call("simclr", *argv, "--resume")
+    status, out, err = call("simclr", *argv)
     assert status == 0 and "resumed from step 4 (epoch 1)" in out
     assert err.startswith("run/checkpoint.pt") and err.count("\n") == 1
     assert "going on from run/checkpoint.previous.pt" in err
     assert_same_run("run", whole("simclr"))
-    assert common.load_whole("run/checkpoint.previous.pt")["epoch"] == 1
-    for name in "checkpoint.pt", "checkpoint.previous.pt":
-        Path("run", name).write_bytes(b"no checkpoint")
-    before = listing("run")
-    assert "run/checkpoint.pt: " in fail("simclr", *argv, "--resume")
-    assert listing("run") == before
+    assert common.load_whole(previous)["epoch"] == 1
+    for file in path, previous:
+        file.write_bytes(b"no checkpoint")
+    before = tree("run")
+    assert "run/checkpoint.pt: " in fail("simclr", *argv) and tree("run") == before
 
 
 def test_every_failing_write_leaves_a_whole_checkpoint(small, whole):
     """The n-th flush to disk of a run fails, for every n: what follows goes on from some
     checkpoint, or from the start. (Renames: slow/test_killed.py.)"""
-    argv, flush = [*THREE_EPOCHS, "--out", "run"], os.fsync
+    argv = [*THREE_EPOCHS, "--out", "run"]
+    full = OSError(errno.ENOSPC, "No space left on device")
     for n in itertools.count(1):
-        calls = itertools.count(1)
-
-        def fail_once(file, n=n, calls=calls):
-            if next(calls) == n:
-                raise OSError(errno.ENOSPC, "No space left on device")
-            return flush(file)
-
-        with mock.patch.object(os, "fsync", fail_once):
+        with mock.patch.object(os, "fsync", mock.Mock(side_effect=[None] * (n - 1) + [full])):
             status, _, err = call("simclr", *argv)
         assert not list(Path("run").glob("*.tmp"))
         if status == 0:  # the run had fewer calls
             break
         assert status == 2 and "No space left on device" in err and err.count("\n") == 1
-        resume = ["--resume"] if list(Path("run").glob("*.pt")) else []
-        status, _, err = call("simclr", *argv, *resume)
-        assert status == 0, err
+        saved = bool(list(Path("run").glob("*.pt")))
+        printed = succeed("simclr", *argv, *["--resume"] * (saved or n % 2))
+        assert ("no checkpoint yet: from the beginning" in printed) == (not saved and n % 2)
         assert_same_run("run", whole("simclr"))
         shutil.rmtree("run")
     assert n > 8  # config, views, three epochs' logs, two saves of two files
 
 
 # --------------------------------------------------------------------------------------------------
-# What is refused: one line on stderr, exit status 2, nothing written
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory):
-    """A folder of files as users have them."""
-    base, before = tmp_path_factory.mktemp("inputs"), os.getcwd()
-    os.chdir(base)
-    good = Path(store(toy(), "toy.pt")).read_bytes()
-    Path("cut.pt").write_bytes(good[: len(good) // 2])
-    Path("file").touch()
-    store(toy() | {"classes": Payload()}, "code.pt")
-    image_folder("flat", [16], ["cat"])
-    image_folder("broken", [16]).write_bytes(b"not an image")
-    yield base
-    os.chdir(before)
-    shutil.rmtree(base)
+# What is refused: one line on stderr, exit status 2, nothing written or lost
 
 
 REFUSED = [  # flags after those of a run that is all right, perhaps with a script; what is said
-    ("--dataset nowhere", "dataset 'nowhere' is none of cifar10, "),
-    ("--dataset nowhere.pt", "nowhere.pt: no such file"),
-    ("--dataset cut.pt", "cut.pt: not a file that torch.load"),
     ("--dataset code.pt", "nothing was run"),
-    ("--dataset flat", "flat: no folder train/"),
-    ("--dataset broken", "3.png: not a readable image"),
     ("--dataset", "--dataset: expected one argument"),
     ("--batch-size 69", "--batch-size 69 exceeds the 68 training images"),
     ("--batch-size 1", "--batch-size: 1 is out of range"),
-    ("--epochs 0", "--epochs: 0 is out of range"),
     ("--epochs many", "--epochs: invalid int value: 'many'"),
+    ("--lr nan", "--lr: nan is out of range, expected a number of at least 1e-09"),
     ("--lr inf", "--lr: inf is out of range"),
-    ("--crop-min 0", "--crop-min: 0 is out of range"),
-    ("--warmup-epochs 1.5", "--warmup-epochs 1.5 exceeds --epochs 1"),
+    ("--momentum 1.1", "--momentum: 1.1 is out of range, expected a number from 0 to 1"),
+    ("--warmup-epochs 4", "--warmup-epochs 4 exceeds --epochs 3"),
     ("--mi-weight 0.1", "--mi-weight needs --increase-mi"),
-    ("--epoch 2", "unrecognized arguments: --epoch"),
+    ("--epoch 2", "unrecognized arguments: --epoch"),  # which could come to mean another flag
     ("--arch resnet19", "invalid choice: 'resnet19'"),
     ("--device abacus", "--device abacus cannot be used here"),
     ("--out file/run", "file"),
     ("carl_carp --method carp --num-prototypes 10 --num-blocks 3", "10 is not a multiple of"),
     ("carl_carp --method carp --num-prototypes 9 --num-blocks 9", "of --num-blocks 9 (twice it"),
     ("supcon_tcl --loss cross_entropy --self-supervised", "cross_entropy needs labels"),
+    ("--out run", "run holds a run or other files: add --resume"),
+    ("--out run --resume --lr 0.5", "was made with --lr 0.1, not 0.5"),
+    ("--out run --resume --epochs 4", "was made with --epochs 3, not 4"),
+    ("byol --out run --resume", "checkpoint of simclr, not byol"),
+    ("--out fewer --resume", "made with another number of images"),
+    ("--out weights --resume", "does not fit"),
+    ("--out list --resume", "does not fit"),
+    ("--out encoder --resume", "does not fit"),
+    ("--out foreign --resume", "foreign/checkpoint.pt: no such file"),
+    ("--out foreign", "foreign holds a run or other files"),
 ]
+STRANGE = {  # folders with another checkpoint
+    "fewer": lambda saved: saved | {"images": 11},
+    "weights": lambda saved: saved | {"model": {"weight": torch.zeros(2)}},
+    "list": lambda saved: [1, 2],
+    "encoder": lambda saved: {"state_dict": saved["model"]},  # an encoder.pt
+}
 
 
 @pytest.mark.parametrize("typed, said", REFUSED, ids=[typed for typed, _ in REFUSED])
-def test_refused(typed, said, inputs, monkeypatch):
-    monkeypatch.chdir(inputs)
-    words = shlex.split(typed)
+def test_refused(typed, said, small, whole):
+    Path("file").touch()
+    store(toy() | {"classes": Payload()}, "code.pt")
+    shutil.copytree(whole("simclr"), "run")
+    for name in "foreign", *STRANGE:
+        Path(name).mkdir()
+    Path("foreign/notes.txt").write_text("of somebody")
+    for name, change in STRANGE.items():
+        store(change(load("run/checkpoint.pt")), f"{name}/checkpoint.pt")
+    words, before = shlex.split(typed), tree(small)
     script = "simclr" if typed.startswith("--") else words.pop(0)
-    before = listing(inputs)
-    message = fail(script, "--dataset", "toy.pt", *TINY, *words)
+    message = fail(script, *THREE_EPOCHS, *words)
     assert message.startswith(f"{script}.py: error: ") and said in message
-    assert listing(inputs) == before  # so no payload ran, either
-
-
-RESUMED = [  # --out run, a run that is whole, or what is changed in its checkpoint; what is said
-    ("", None, "run holds a run or other files: add --resume"),
-    ("--resume --lr 0.5", None, "was made with --lr 0.1, not 0.5"),
-    ("--resume --epochs 4", None, "was made with --epochs 3, not 4"),
-    ("--resume --batch-size 17", None, "was made with --batch-size 16, not 17"),
-    ("--resume", lambda saved: saved | {"method": "another"}, "checkpoint of another, not simclr"),
-    ("--resume", lambda saved: saved | {"model": {"weight": torch.zeros(2)}}, "does not fit"),
-    ("--resume", lambda saved: saved | {"images": 11}, "made with another number of images"),
-    ("--resume", lambda saved: [1, 2], "does not fit"),
-    ("--resume", lambda saved: {"state_dict": saved["model"]}, "does not fit"),  # an encoder.pt
-    ("--resume", "notes.txt", "run/checkpoint.pt: no such file"),
-    ("", "notes.txt", "run holds a run or other files"),
-]
-
-
-@pytest.mark.parametrize("typed, change, said", RESUMED)
-def test_what_is_there_is_refused_and_kept(typed, change, said, small, whole):
-    Path("run").mkdir()
-    if change is None:
-        shutil.copytree(whole("simclr"), "run", dirs_exist_ok=True)
-    elif callable(change):
-        store(change(load(whole("simclr") / "checkpoint.pt")), "run/checkpoint.pt")
-    else:
-        Path("run", change).write_text("of somebody")
-    before = listing("run")
-    assert said in fail("simclr", *THREE_EPOCHS, "--out", "run", *typed.split())
-    assert listing("run") == before
-
-
-def test_a_corrupt_image_found_by_a_worker(small):
-    """Its traceback comes along, and is left out. In a process of its own, because torch takes
-    seconds to be rid of workers that were left with an error."""
-    path = image_folder("pets", [16, 20], ["train"])
-    path.write_bytes(path.read_bytes()[:100])
-    argv = ["--dataset", "pets", *TINY, "--image-size", "32", "--batch-size", "4", "--out", "run"]
-    command = [sys.executable, ROOT / "simclr.py", *argv, "--workers", "1"]
-    run = subprocess.run(command, capture_output=True, text=True)
-    assert run.returncode == 2 and run.stderr.count("\n") == 1, run.stderr
-    assert run.stderr.startswith("simclr.py: error: pets") and "3.png" in run.stderr
-    assert not list(Path("run").glob("*.pt"))
-
-
-@pytest.mark.parametrize("images", [52, 100])
-def test_another_number_of_images_is_refused(images, small):
-    """Its steps are others: the run could not go on where it was stopped, in the second epoch."""
-    with arriving(at=6):
-        call("simclr", *THREE_EPOCHS, "--out", "run")
-    store(toy(images), "toy.pt")
-    message = fail("simclr", *THREE_EPOCHS, "--out", "run", "--resume")
-    assert "made with another number of images" in message
+    assert tree(small) == before  # so no payload ran, either
 
 
 @pytest.mark.parametrize("optimizer", common.OPTIMIZERS)
@@ -892,25 +722,20 @@ def test_a_first_step_that_overflows_is_skipped(optimizer, monkeypatch):
 
 
 @pytest.mark.parametrize("clock, step", [(contextlib.nullcontext, 8), (slow_clock, 6)])
-def test_a_loss_that_is_not_finite_ends_the_run(clock, step, small, whole, monkeypatch):
+def test_a_loss_that_is_not_finite_ends_the_run(clock, step, small, whole):
     """Poisoned in the sixth step: seen when the sums are read, at the latest at the epoch's end.
-    The checkpoint of the first epoch stays, and one can go on from it."""
+    One can go on from the checkpoint of the first epoch."""
     import simclr
 
-    loss_of, calls = simclr.nt_xent_loss, itertools.count(1)
-    argv = [*THREE_EPOCHS, "--out", "run"]
-    with monkeypatch.context() as patch, clock():
-        worse = lambda *z: loss_of(*z) * (math.nan if next(calls) == 6 else 1)  # noqa: E731
-        patch.setattr(simclr, "nt_xent_loss", worse)
+    loss_of, argv = simclr.nt_xent_loss, [*THREE_EPOCHS, "--out", "run"]
+    factors = iter([1] * 5 + [math.nan] + [1] * 6)
+    worse = mock.Mock(side_effect=lambda *z: loss_of(*z) * next(factors))
+    with mock.patch.object(simclr, "nt_xent_loss", worse), clock():
         message = fail("simclr", *argv)
     rate = common.learning_rate(step - 1, 12, 1.2, 0.1 * 16 / 256)
     assert f"step {step}: the loss is not finite" in message and f"rate {rate:.3g}" in message
     assert "'loss': nan" in message and "'mi_bound': nan" in message
-    assert load("run/checkpoint.pt")["epoch"] == 1
-    for path in Path("run").glob("*.pt"):
-        assert finite(load(path)), path
-    assert all(map(finite, read_log("run")))
-    succeed("simclr", *argv, "--resume")
+    assert "resumed from step 4 (epoch 1)" in succeed("simclr", *argv, "--resume")
     assert_same_run("run", whole("simclr"))
 
 
@@ -924,18 +749,17 @@ def test_what_is_not_finite_is_never_saved(poison, stopped, small):
         def forward(self, views, y):
             loss, terms = super().forward(views, y)
             if len(self.seen) == 2:
-                by = {"weights": 1e38, "moments": 1e25}.get(poison, 1)
-                loss = loss.detach() + by * (loss - loss.detach())
-                loss = loss + math.nan if poison == "loss" else loss  # with a gradient
-                terms["float"] = float("inf") if poison == "term" else 1.0
+                by = {"weights": 1e38, "moments": 1e25, "loss": math.nan}.get(poison, 1)
+                gradient = loss - loss.detach()
+                loss = loss.detach() + by * gradient
+                terms["float"] = math.inf if poison == "term" else 1.0
             return loss, terms
 
-    how = ["--optimizer", "adamw" if poison == "moments" else "sgd", "--lr", "1e5"]
-    how = how if poison == "weights" else [*how[:-1], "1e-3"]
+    how = ["--optimizer", "adamw" if poison == "moments" else "sgd"]
+    how += ["--lr", "1e5" if poison == "weights" else "1e-3"]
     with arriving(at=2) if stopped else contextlib.nullcontext():
-        status, _, err = call(script_of(Poisoned), *SHORT, *how)
-    assert status == 2 and err.count("\n") == 1 and "not finite" in err, (status, err)
-    assert not list(Path("run").glob("*.pt"))
+        message = fail(script_of(Poisoned), *SHORT, *how)
+    assert "not finite" in message and not list(Path("run").glob("*.pt"))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -973,24 +797,22 @@ def test_what_the_compiler_cannot_do_ends_in_one_line(small, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "device, steps, compiler, triton, processes, expected",
-    [("cuda", 2000, "/gcc", True, 1, True), ("cuda", 1999, "/gcc", True, 1, False),
-     ("cuda", 9999, None, True, 1, False), ("cuda", 9999, "/gcc", None, 1, False),
-     ("cpu", 9999, "/gcc", True, 1, False), ("cuda", 9999, "/gcc", True, 2, False)],
-)  # fmt: skip
-def test_compile(monkeypatch, device, steps, compiler, triton, processes, expected):
+    "lacks", ["", "a GPU", "2000 steps", "a C compiler", "Triton", "one process"]
+)
+def test_compile(lacks, monkeypatch):
     """By default where it pays; else as it is typed; never for several processes."""
-    monkeypatch.setattr(shutil, "which", lambda name: compiler)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: triton)
-    monkeypatch.setattr(common, "world_size", lambda: processes)
-    for typed in None, False, True:
+    monkeypatch.setattr(shutil, "which", lambda name: lacks != "a C compiler" or None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: lacks != "Triton" or None)
+    monkeypatch.setattr(common, "world_size", lambda: 1 + (lacks == "one process"))
+    device, steps = "cpu" if lacks == "a GPU" else "cuda", 1999 + (lacks != "2000 steps")
+    for typed, expected in (None, not lacks), (False, False), (True, True):
         args = SimpleNamespace(device=device, compile=typed)
-        if typed and processes > 1:
+        if typed and lacks == "one process":
             with pytest.raises(common.InputError, match="--compile is for one process"):
                 common.resolve_compile(args, steps)
         else:
             common.resolve_compile(args, steps)
-            assert args.compile is (expected if typed is None else typed)
+            assert args.compile is expected
 
 
 @pytest.mark.gpu

@@ -6,7 +6,7 @@ from pathlib import Path
 import benchmark
 import pytest
 import torch
-from test_training import CPU, fail, folder, one_thread, small, store, succeed, toy  # noqa: F401
+from test_training import CPU, fail, folder, small, store, succeed, toy  # noqa: F401
 
 import common
 
@@ -44,18 +44,18 @@ def test_it_compares_what_it_says(folder):  # noqa: F811
     our statistics."""
     store(toy(512, 24), "toy.pt")
     argv = ["--dataset", "toy.pt", *CPU[:-2], "--precision", "bf16", "--stem", "imagenet"]
-    argv += ["--blur", "0.5", "--optimizer", "adam", "--batch-size", "256", "--no-concat-views"]
+    argv += ["--blur", "0.5", "--optimizer", "adam", "--batch-size", "256"]
     model, data, recipes, args = benchmark.build("simclr", argv)
-    assert not model.concat_views and args.optimizer == "adam"
+    assert args.optimizer == "adam"
     weight = model.backbone.conv1.weight
-    for taken in {}, *({name: False} for name in ("half", "channels_last", "fused")):
-        step = benchmark.Step(model, args, **taken)
+    for taken in "", "half precision", "channels_last", "fused", "one pass":
+        step = benchmark.Step(model, args, taken)
         copied = step.model.backbone.conv1.weight
-        assert step.args.precision == ("fp32" if "half" in taken else "bf16")
+        assert step.args.precision == ("fp32" if taken == "half precision" else "bf16")
         last = copied.is_contiguous(memory_format=torch.channels_last)
-        assert last == ("channels_last" not in taken) and torch.equal(copied, weight)
-        assert step.optimizer.param_groups[0]["fused"] == (None if "fused" in taken else True)
-    assert benchmark.Step(model, args, concat=True).model.concat_views
+        assert last == (taken != "channels_last") and torch.equal(copied, weight)
+        assert step.optimizer.param_groups[0]["fused"] == (None if taken == "fused" else True)
+        assert step.model.concat_views == (taken != "one pass")
     transform = benchmark.torchvision_transform(recipes[0], args.image_size, data)
     theirs = benchmark.PillowViews(data, transform)
     theirs = torch.stack([theirs[i][0] for i in range(512)])

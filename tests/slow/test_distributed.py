@@ -1,8 +1,6 @@
-"""Several processes train the network that one would: torchrun with two on the CPU, by gloo.
-
-Where they are compared with one, in float64. In float32 they would differ by rounding alone, but a
-ReLU that opens or shuts turns a rounding error e into one of about sqrt(e) in the gradient, and two
-runs drift apart within a few steps, as one process with one thread and one with two do."""
+"""Several processes train the network that one would: torchrun with two on the CPU, by gloo. They
+are compared with one in float64: in float32 a ReLU that rounding opens or shuts lets two runs drift
+apart within a few steps, as one process with one thread and one with two do."""
 
 import json
 import os
@@ -25,13 +23,13 @@ from test_training import (
     built,
     equal,
     folder,  # noqa: F401
-    image_folder,
     load,
-    one_thread,  # noqa: F401
     read_log,
+    save_pets,
     store,
     succeed,
     toy,
+    wait_for,
 )
 
 import common
@@ -86,12 +84,6 @@ def torchrun(*argv):
 def finish(process, seconds=300):
     out, err = process.communicate(timeout=seconds)
     return process.returncode, out, err
-
-
-def wait_for(path):
-    deadline = time.monotonic() + 240
-    while not Path(path).exists() and time.monotonic() < deadline:
-        time.sleep(0.02)
 
 
 @pytest.fixture(scope="module")
@@ -185,7 +177,7 @@ def test_two_gpus(method, precision, folder):  # noqa: F811
 
 def test_images_from_disk(folder):  # noqa: F811
     """Each process decodes its part, of seven test images four and three."""
-    image_folder("pets", [32, 40])
+    save_pets("pets", [32, 40])
     Path("pets/test/cat/0.png").unlink()
     argv = ["--dataset", "pets", *TINY, "--batch-size", "4", "--image-size", "32"]
     argv += ["--knn-every", "1", "--lr", "1e-6"]

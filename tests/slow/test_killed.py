@@ -26,8 +26,8 @@ KILLS = 4
 
 
 def run_once(argv, out, seconds=None, rename=None):
-    """A run, resumed where there is one, in a process of its own that is killed after some seconds,
-    or before its n-th rename. Returns its exit status."""
+    """The exit status of a run, resumed where there is one, in a process of its own that is killed
+    after some seconds, or before its n-th rename."""
     resume = ["--resume"] if Path(out).exists() else []
     pid = os.fork()
     if not pid:
@@ -55,11 +55,10 @@ def run_once(argv, out, seconds=None, rename=None):
 
 
 def main():
-    """Run argv whole, then KILLS times killed or, with "renames", once for each rename and with a
-    small encoder, and to its end; print how many were killed, and what files they left."""
+    """Run argv whole, then KILLS times killed or, with "renames", once for each rename, and to its
+    end; print how many were killed, and what files they left."""
     how, *argv = sys.argv[1:]
-    if how == "renames":
-        common.resnet = SmallEncoder
+    common.resnet = SmallEncoder if how == "renames" else common.resnet
     begun, rng = time.monotonic(), random.Random(0)
     assert run_once(argv, "whole") == 0
     lasted, killed, left = time.monotonic() - begun, 0, set()

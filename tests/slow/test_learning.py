@@ -32,9 +32,11 @@ ABLATIONS = {  # what is taken out, and how the log shows that all projections a
 
 @pytest.fixture(scope="module", autouse=True)
 def drawn():
-    """Draw the shapes once."""
+    """Draw the shapes once, and use two threads: these train for long."""
+    torch.set_num_threads(2)
     with mock.patch.object(common, "shapes", functools.cache(common.shapes)):
         yield
+    torch.set_num_threads(1)
 
 
 @pytest.mark.parametrize("method", LEARN)
