@@ -522,7 +522,7 @@ def projections(model, views, args) -> dict:
     """{"z": projections [V B, D] of the views in train mode, as a training step has them}, or {}
     where the method has no `projector`. The model's batch norm stays as it is."""
     method = getattr(model, "method", model)  # without the term that --increase-mi adds
-    if not hasattr(method, "projector"):
+    if getattr(method, "projector", None) is None:
         return {}
     backbone, projector = copy.deepcopy((method.backbone, method.projector))
     concat = getattr(method, "concat_views", False)
@@ -722,6 +722,7 @@ class Decoder(nn.Module):
 if sys.version_info < (3, 10):  # noqa: UP036
     sys.exit("Python 3.10 or newer is needed; this is " + sys.version.split()[0])
 
+BEGINNING = {".lock", "config.json", "views.png", "log.jsonl"}  # what comes before a checkpoint
 HERE = "resume out init device workers compile scaled_lr".split()  # not the run's to keep
 FREE = HERE + "dataset data_dir save_every knn_every knn_bank knn_k knn_temperature".split()
 
@@ -741,11 +742,12 @@ class Run:
 
     def begin(self, augment):
         """Make the folder, or go on from what was saved in it. Returns the steps that are done."""
-        self.augment = augment
+        self.augment = copy.copy(augment)  # which stays uncompiled
+        there = on_first(lambda: {path.name for path in self.folder.glob("*")})
+        fresh = {name for name in there if not name.endswith(".tmp")} <= BEGINNING
+        free = fresh or self.args.resume
+        check(free, f"{self.folder} holds a run or other files: add --resume, or another --out")
         on_first(self.lock)
-        fresh = on_first(lambda: not any(self.folder.glob("*.pt")))
-        wrong = f"{self.folder} holds a run: add --resume, or another --out"
-        check(fresh or self.args.resume, wrong)
         self.announce()
         if fresh:
             if self.args.resume:
@@ -877,8 +879,9 @@ class Run:
             self.model.load_state_dict(saved["model"])
             self.optimizer.load_state_dict(saved["optimizer"])
             self.scaler.load_state_dict(saved["scaler"])
-            self.epoch, self.step, self.log = saved["epoch"], saved["step"], saved["log"]
-            self.baselines, sums = saved["baselines"], saved["sums"].items()
+            self.epoch, self.step = int(saved["epoch"]), int(saved["step"])
+            self.log, self.baselines = list(saved["log"]), dict(saved["baselines"])
+            sums = saved["sums"].items()
             self.sums = {name: torch.tensor(v, device=self.args.device) for name, v in sums}
 
     def compare(self, path, saved):
@@ -1772,6 +1775,7 @@ def run(main) -> None:
             dist.destroy_process_group()
         return result
     except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:  # whoever read what is printed has gone, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -103,7 +103,8 @@ def pull_and_push(z, y, temperature=0.1, k1=0.0, k2=1.0):
 
 
 class SupConTCL(nn.Module):
-    """views -> backbone -> h -> head -> z -> loss. self_supervised: y is not read."""
+    """views -> backbone -> h -> projector, or a linear head -> z -> loss. self_supervised: y is not
+    read."""
 
     def __init__(
         self, backbone, num_classes, loss="supcon", hidden_dim=512, dim=128,
@@ -111,9 +112,9 @@ class SupConTCL(nn.Module):
     ):  # fmt: skip
         super().__init__()
         self.backbone, features = backbone, backbone.num_features
-        self.head = common.mlp(features, hidden_dim, dim, batch_norm=False)
+        self.projector = common.mlp(features, hidden_dim, dim, batch_norm=False)
         if loss == "cross_entropy":
-            self.head = nn.Linear(features, num_classes)
+            self.projector, self.head = None, nn.Linear(features, num_classes)
         self.loss, self.self_supervised = loss, self_supervised
         self.concat_views = True  # as in the official code
         self.knobs = (temperature, k1, k2) if loss == "tcl" else (temperature,)
@@ -121,7 +122,7 @@ class SupConTCL(nn.Module):
     def forward(self, views, y):
         """views: V of [B, 3, H, W]; y: [B]. Returns (loss, terms)."""
         h = common.forward_views(self.backbone, views, self.concat_views)  # V of [B, F]
-        z = common.forward_views(self.head, h, self.concat_views)
+        z = common.forward_views(self.projector or self.head, h, self.concat_views)
         z = common.gather(z)  # from all processes
         images = torch.arange(len(z[0]), device=z[0].device)  # each its own class
         y = images if self.self_supervised else common.gather([y])[0]  # from all processes

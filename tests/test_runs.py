@@ -220,7 +220,7 @@ def test_no_float64_on_apple_gpus():
 
 
 def test_older_pythons_are_told():
-    code = "import sys; sys.version_info = (3, 9); import common"
+    code = "import sys, torchvision; sys.version_info = (3, 9); import common"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stderr.startswith("Python 3.10 or newer is needed") and done.returncode == 1
 

@@ -152,7 +152,7 @@ def test_stopped_and_resumed(folder):  # noqa: F811
         assert double[key] == pytest.approx(single[key], abs=0.04), key  # an image of 32
 
 
-SAME = "model", "optimizer", "scaler", "epoch", "step", "untrained"
+SAME = "model", "optimizer", "scaler", "epoch", "step", "baselines"
 # Fine-tuned, so that all of it is used: parts of the images, the labels' share, both gradients.
 EVALUATE = ["--checkpoint", "whole/encoder.pt", "--dataset", "toy.pt", "--device", "cpu"]
 EVALUATE += ["--precision", "fp32", "--epochs", "2", "--batch-size", "32"]
