@@ -523,7 +523,8 @@ def evaluation_view(images, size, mean, std):
 
 def centre_box(height, width, size):
     """top, left, height, width of the square that evaluation sees: 7/8 of the shorter side where
-    images are larger than `size` (resize to 256, crop 224; S003 B.1.2), else all of it."""
+    images are larger than `size` (resize to 256, crop 224), else all of it (S003 B.1.2 enlarges and
+    crops these, too: linear_eval.py --recipe s003)."""
     side = min(height, width)
     side = max(size, round(side * 7 / 8)) if side > size else side
     return (height - side) // 2, (width - side) // 2, side, side
@@ -538,10 +539,11 @@ def knn_monitor(backbone, data, args):
 
 
 def knn_votes(bank, test, num_classes, args):
-    """knn_scores and their k: --knn-k, but at most half of a class's mean share of the bank, beyond
-    which others outvote it. bank, test: Splits of features."""
-    k = max(1, min(args.knn_k, len(bank) // (2 * num_classes)))
+    """knn_scores and their k: --knn-k, but at most half of the bank's smallest class, beyond which
+    others outvote it. bank, test: Splits of features."""
     labels = bank.labels.to(bank.images.device)
+    counts = labels.bincount()
+    k = max(1, min(args.knn_k, int(counts[counts > 0].min()) // 2))
     return knn_scores(bank.images, labels, test.images, num_classes, k, args.knn_temperature), k
 
 
@@ -1593,7 +1595,7 @@ def check(condition, message):
         raise InputError(message)
 
 
-def run(main) -> None:
+def run(main, interrupted="interrupted; --resume goes on from a run's last checkpoint.pt"):
     """Call `main()`; bad input and failing files end in one line on stderr and exit status 2. Of
     several processes the first alone prints."""
     if rank():
@@ -1605,7 +1607,7 @@ def run(main) -> None:
         return result
     except KeyboardInterrupt:
         if rank() == 0:
-            print("interrupted; --resume goes on from a run's last checkpoint.pt", file=sys.stderr)
+            print(interrupted, file=sys.stderr)
         sys.exit(130)
     except (InputError, OSError, RuntimeError, MemoryError) as error:
         message = known_failure(error)

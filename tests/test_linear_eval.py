@@ -2,6 +2,7 @@
 nothing is chosen on the test images, which files it takes for an encoder, what it refuses."""
 
 import argparse
+import collections
 import contextlib
 import copy
 import functools
@@ -10,6 +11,7 @@ import itertools
 import json
 import math
 import re
+import runpy
 import shutil
 import sys
 import types
@@ -21,7 +23,7 @@ import pytest
 import torch
 import torchvision
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import to_hex, to_rgb
+from matplotlib.colors import to_hex
 from matplotlib.text import Text
 from PIL import Image
 
@@ -149,17 +151,20 @@ def test_output(protocol, run):
     name, figures = protocol.replace("cached", "linear"), shown.figures
     assert (figures["protocol"], figures["dataset"], figures["split"]) == (name, "toy", "test")
     assert (figures["method"], figures["epoch"], figures["images"]) == ("simclr", 2, 32)
-    rows = {re.split(r"  |,", line)[0]: line.split()[-2:] for line in shown.table if "%" in line}
-    assert rows["chance"] == ["25.00%", "100.00%"]
-    assert rows["kNN"][0] == f"{figures['knn_top1']:.2%}"
+    rows = {re.split(r"  |,|:", line)[0]: re.findall(r"\S+%", line) for line in shown.table}
+    assert rows["chance"] == ["25.00%", "100.00%", "25.00%"] and rows["majority"] == ["25.00%"]
+    keys = "top1", "top5", "balanced_top1"
+    assert rows["kNN"] == [f"{figures[f'knn_{key}']:.2%}" for key in keys]
     row = {"finetune": "finetuned"}.get(name, name)
-    assert name == "knn" or rows[row] == [f"{figures[k]:.2%}" for k in ("top1", "top5")]
-    assert rows["untrained: kNN"][0] == f"{figures['untrained_knn_top1']:.2%}"
-    assert name != "linear" or rows["untrained: linear"][0] == f"{figures['untrained_top1']:.2%}"
+    assert name == "knn" or rows[row] == [f"{figures[key]:.2%}" for key in keys]
+    untrained = [line for line in shown.table if line.startswith("untrained: ")]
+    assert f" {figures['untrained_knn_top1']:.2%} " in untrained[0]
+    assert name != "linear" or f" {figures['untrained_top1']:.2%} " in untrained[1]
     written = run.folder / f"{name}_{'cached_' * (protocol == 'cached')}toy.json"
     assert json.loads(written.read_text()) == figures
     pictures = {run.folder / f"{name}.png" for name in PICTURES if protocol == "cached"}
-    assert shown.new == {written} | pictures
+    classifier = {written.with_name(f"{written.stem}_classifier.pt")} if name == "linear" else set()
+    assert shown.new == {written} | pictures | classifier
     for path in pictures:
         with Image.open(path) as picture:
             picture.load()
@@ -252,12 +257,27 @@ def test_a_class_without_images(argv, toy):
     data = toy()
     labels = torch.where(data["train"]["labels"] == 2, 1, data["train"]["labels"])
     torch.save(data | {"train": data["train"] | {"labels": labels}}, "toy.pt")
-    line = refused(*argv, *PROTOCOLS["knn"])
-    assert "toy: 1 of 4 classes have no training image" in line and line.endswith(": c\n")
-    labels = data["test"]["labels"].clamp(max=1)
-    torch.save(data | {"test": data["test"] | {"labels": labels}}, "toy.pt")
-    table, _ = evaluate(*argv, *PROTOCOLS["knn"])
-    assert "toy: 2 of 4 classes have no test image: c, d" in table
+    assert "classes without a training image, such as c\n" in refused(*argv, *PROTOCOLS["knn"])
+
+
+UNEVEN = torch.tensor([0] * 90 + [1] * 7 + [2] * 3)  # for a hundred images
+
+
+def test_small_classes_count(argv, toy):
+    """On separable classes of 90, 7 and 3 % of 600 images: neighbours of the majority alone must
+    not outvote the others, and the balanced figure is the mean of the classes'."""
+    data = {"classes": list("abc")}
+    for split, n in ("train", 600), ("test", 200):
+        labels = UNEVEN.repeat(n // 100)
+        level = 60 * labels + torch.arange(n) % 41
+        images = level.byte()[:, None, None, None].expand(-1, 3, 8, 8).clone()
+        data[split] = {"images": images, "labels": labels}
+    torch.save(data, "toy.pt")
+    table, figures = evaluate(*argv, *PROTOCOLS["knn"], "--image-size", "8")
+    assert figures["majority"] == 0.9 and "majority: the largest class  90.00%" in "\n".join(table)
+    assert figures["knn_k"] == 9 and figures["knn_balanced_top1"] > 0.8
+    scores = torch.eye(3)[torch.tensor([0] * 97 + [2] * 3)]  # the second class never
+    assert linear_eval.balanced(scores, UNEVEN) == pytest.approx(2 / 3)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -349,11 +369,11 @@ def test_recipes(recipe, argv, rates):
 
 def test_presets(argv):
     for flags, *expected in (
-        ("--protocol finetune", 20, 0.08, [0.2]),
-        ("--protocol finetune --recipe s001", 50, 0.08, [0.2]),
-        ("--recipe s001", 50, 0.08, [0.02]),
-        ("--dataset shapes", 20, 0.4, [0.02]),
-        ("", 100, 0.08, [0.02]),
+        ("--protocol finetune", 20, 0.08, 0.2),
+        ("--protocol finetune --recipe s001", 50, 0.08, 0.2),
+        ("--recipe s001", 50, 0.08, 0.02),
+        ("--dataset shapes", 20, 0.4, 0.02),
+        ("", 100, 0.08, 0.02),
     ):
         with mock.patch.object(sys, "argv", ["linear_eval.py", *argv, *flags.split()]):
             args = linear_eval.arguments()
@@ -362,13 +382,13 @@ def test_presets(argv):
 
 
 def test_features_are_standardised_unless_told_otherwise(argv, monkeypatch):
-    seen, original = [], linear_eval.fit_linear
+    seen, original = [], linear_eval.fit
 
-    def note(batches, *rest):
+    def note(loss, batches, *rest):
         seen.append(torch.cat([h for h, _ in batches(1)]))
-        return original(batches, *rest)
+        return original(loss, batches, *rest)
 
-    monkeypatch.setattr(linear_eval, "fit_linear", note)
+    monkeypatch.setattr(linear_eval, "fit", note)
     for protocol, flag in itertools.product(("cached", "linear"), ([], ["--no-standardize"])):
         evaluate(*argv, *PROTOCOLS[protocol], *flag)
     standard, plain, augmented, plain_augmented = seen
@@ -379,22 +399,37 @@ def test_features_are_standardised_unless_told_otherwise(argv, monkeypatch):
     torch.testing.assert_close(augmented[:, alive], expected[:, alive], rtol=1e-3, atol=1e-3)
 
 
-def test_a_rate_is_chosen_on_held_out_training_images(argv, toy):
-    """Of one that learns nothing, one that does and one that diverges, the one that does; whatever
-    the test images are."""
-    data, lines = separable(toy()), []
-    for labels in data["test"]["labels"], (data["test"]["labels"] + 1) % 4:
-        torch.save(data | {"test": data["test"] | {"labels": labels}}, "toy.pt")
-        flags = "--cached --epochs 10 --batch-size 16 --lr 1e30 1e-9 0.1".split()
-        table, figures = evaluate(*argv, *flags)
-        lines += [line for line in table if line.startswith("--lr on 8 held-out")]
-        assert figures["top1"] == float(labels is data["test"]["labels"])
-        assert figures["config"]["lr"] == [1e30, 1e-9, 0.1] and figures["lr"] == 0.1
-        found = figures["lr_validation"]
-        assert found.keys() == {"1e+30", "1e-09", "0.1"} and max(found, key=found.get) == "0.1"
-    assert len(lines) == 2 and lines[0] == lines[1] and lines[0].endswith("taken: 0.1")
-    few = refused(*argv, *flags, "--label-fraction", "0.06")
-    assert "4 training images are too few to compare several --lr" in few
+def test_s003_sees_the_middle_of_small_images(argv, monkeypatch):
+    """B.1.2: of 16 pixels as of any other size 7/8, brought to 16; without the recipe, all."""
+    seen, original = [], common.evaluation_view
+    monkeypatch.setattr(common, "evaluation_view", lambda *a: seen.append(a[0]) or original(*a))
+    images = common.load_dataset("toy.pt").test.images
+    for flags, expected in ("--recipe s003", images[:, :, 1:15, 1:15]), ("", images):
+        evaluate(*argv, *PROTOCOLS["cached"], *flags.split())
+        assert any(torch.equal(x, expected) for x in seen)
+        seen.clear()
+
+
+def test_s004_depends_on_labels(argv, toy, monkeypatch):
+    """A.1 for what was trained with labels, A.3 for others; on Fashion-MNIST without a policy."""
+    seen, original = [], common.Augment
+    monkeypatch.setattr(common, "Augment", lambda *a: seen.extend(a[0]) or original(*a))
+    torch.save(toy(), "fashion_mnist.pt")
+    for method, flags, *expected in (
+        ("tcl", [], 50, 128, 4, "cifar10"),
+        ("supcon", ["--dataset", "fashion_mnist.pt"], 50, 128, 4, ""),
+        ("tcl_self_supervised", [], 100, 256, 0, ""),
+    ):
+        torch.save(encoder_dict(method=method), "mine.pt")
+        argv[1] = "mine.pt"
+        words = [*argv, "--recipe", "s004", *flags]
+        with mock.patch.object(sys, "argv", ["linear_eval.py", *words]):
+            args = linear_eval.arguments()
+        assert [args.epochs, args.batch_size] == expected[:2] and args.lr == 0.5
+        evaluate(*words, "--epochs", "1")
+        (recipe,) = {x for x in seen if not x.jitter_p}
+        assert [recipe.pad, recipe.policy] == expected[2:]
+        seen.clear()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -413,7 +448,7 @@ def test_features_of_the_projector(name, monkeypatch):
     model = PROJECTORS[name](common.resnet("resnet18", "imagenet"))
     after = model.projector if hasattr(model, "projector") else model.head
     after(model.backbone(torch.randn(8, 3, 16, 16)))  # batch-norm statistics that are not trivial
-    monkeypatch.setattr(common, "load_file", lambda path: our_checkpoint(model))
+    monkeypatch.setattr(linear_eval, "read", lambda path: our_checkpoint(model))
     both, info = linear_eval.load_encoder("checkpoint.pt", features="projector")
     model.eval()
     images = torch.rand(4, 3, 16, 16)
@@ -440,19 +475,16 @@ def test_no_projector_is_said(monkeypatch):
         (weights, "no projector"),
         (our_checkpoint(odd), "no projector"),
     ):
-        monkeypatch.setattr(common, "load_file", lambda path, saved=saved: saved)
+        monkeypatch.setattr(linear_eval, "read", lambda path, saved=saved: saved)
         with pytest.raises(common.InputError, match=message):
             linear_eval.load_encoder("x.pt", features="projector")
 
 
 def test_images_of_another_size_are_brought_to_the_encoders(argv, toy):
-    """Of 24 pixels, more than the encoder's 16, the central 21 (7/8) are resized; of 8, all."""
-    for size, cut in (24, "21x21"), (8, "8x8"):
-        torch.save(toy(size=size), "toy.pt")
-        table, figures = evaluate(*argv, *PROTOCOLS["knn"])
-        said = f"toy: {size}x{size} pixels, of which the central {cut} are resized to the 16"
-        assert f"{said} of the encoder" in table
-        assert figures["config"]["image_size"] == 16
+    torch.save(toy(size=24), "toy.pt")
+    table, figures = evaluate(*argv, *PROTOCOLS["knn"])
+    assert "toy: 24 pixels, seen at the 16 of the encoder" in table
+    assert figures["config"]["image_size"] == 16
 
 
 def test_transfer_keeps_the_encoders_statistics(argv, monkeypatch):
@@ -529,18 +561,6 @@ def test_principal_components():
         assert np.allclose(points[:, k], sign * centred @ axes[k])
 
 
-def test_map_cells():
-    """One point in each cell that has any."""
-    points = random(300, 2).double()
-    shown = linear_eval.map_cells(points, 20)
-    low, high = points.amin(0), points.amax(0)
-    places = ((points - low) / (high - low) * 19).round().long().tolist()
-    assert shown.keys() == {(x, 19 - y) for x, y in places} and len(shown) < 300
-    for (column, row), i in shown.items():
-        assert [column, 19 - row] == places[i]
-    assert len(linear_eval.map_cells(torch.zeros(99, 2), 12)) == 1
-
-
 @pytest.mark.parametrize("n", [50, 6, 1])
 def test_spectrum_is_that_of_the_covariance(n):
     features = random(n, 9) * torch.arange(1, 10) + 3
@@ -550,18 +570,6 @@ def test_spectrum_is_that_of_the_covariance(n):
     assert found.dtype == torch.float64 and found.shape == (9,) and found.min() >= 0
     assert np.allclose(found, wanted, atol=1e-9)
     assert int((found > 0).sum()) == min(9, n - 1)  # rounding counts as nothing
-
-
-def test_tsne_has_the_settings_of_the_thesis(monkeypatch):
-    tsne = mock.Mock()
-    tsne.return_value.fit_transform = lambda features: features[:, :2]
-    monkeypatch.setitem(sys.modules, "sklearn", types.ModuleType("sklearn"))
-    monkeypatch.setitem(sys.modules, "sklearn.manifold", types.SimpleNamespace(TSNE=tsne))
-    features = random(1000, 4)
-    assert torch.equal(linear_eval.tsne(features, 5), features[:, :2])
-    tsne.assert_called_with(perplexity=50, early_exaggeration=12, init="random", random_state=5)
-    with pytest.raises(common.InputError, match="too few"):
-        linear_eval.tsne(features[:3], 0)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -592,7 +600,7 @@ def pictures(num_classes, n, classes, title="A heading"):
     some = images[chosen], labels[chosen], images[nearest], labels[nearest]
     yield linear_eval.neighbors_picture(*some, classes, title)
     points, _ = linear_eval.principal_components(features)
-    yield linear_eval.map_picture(images, labels, points, classes, title, ("across", "up"))
+    yield linear_eval.map_picture(points, labels, classes, title, ("across", "up"))
     shares = linear_eval.spectrum(features)
     curves = {"representation": {"first": shares, "second": shares**2}, "z": {"first": shares}}
     yield linear_eval.spectrum_picture(curves, title)
@@ -641,34 +649,22 @@ def test_neighbours_are_framed_and_named():
         color = linear_eval.BLUE if right else linear_eval.ORANGE
         assert to_hex(frame.get_edgecolor()) == color
         assert (frame.get_linestyle() in ("-", "solid")) == right  # not by colour alone
-    assert "Title" in texts(figure) and "3 of the 6 neighbours, 50%" in words(figure)
-    assert {"test image", "neighbour of another class"} <= set(texts(figure))
+    assert "Title" in texts(figure) and "3 of these 6, 50%" in words(figure)
 
 
 def test_map_places_and_colors():
-    images, labels = plain(5), torch.tensor([0, 1, 2, 1, 0])
+    labels, names = torch.tensor([0, 1, 2, 1, 0]), ["ant", "bee", "cat"]
     points = torch.tensor([[0.0, 0.0], [1, 0], [0, 1], [1, 1], [0.5, 0.5]])
-    names, axes = ["ant", "bee", "cat"], ("across", "up")
-    figure = linear_eval.map_picture(images, labels, points, names, "Title", axes)
-    canvas = np.asarray(figure.axes[0].images[0].get_array())
-    middle = []
-    for image, label in zip(images, labels, strict=True):
-        there = np.abs(canvas - image[:, 0, 0].numpy()).max(-1) < 0.004
-        rows, columns = np.nonzero(there)
-        assert there.sum() > 1000
-        middle.append((columns.mean(), rows.mean()))
-        frame = canvas[rows.min() - 2, columns.min() : columns.max()]
-        assert np.allclose(frame, to_rgb(linear_eval.COLORS[label]), atol=0.01)
-    x, y = zip(*middle, strict=True)
-    assert x[0] == x[2] < x[4] < x[1] == x[3] and y[0] == y[1] > y[4] > y[2] == y[3]  # up is up
-    legend = figure.axes[0].get_legend()
-    colors = [to_hex(patch.get_facecolor()) for patch in legend.get_patches()]
-    assert colors == linear_eval.COLORS[:3]
-    assert [text.get_text() for text in legend.get_texts()] == names
+    figure = linear_eval.map_picture(points, labels, names, "Title", ("across", "up"))
+    (axes,) = figure.axes
+    for label, drawn in enumerate(axes.collections):
+        assert np.allclose(drawn.get_offsets(), points[labels == label])
+        assert to_hex(drawn.get_facecolor()[0]) == linear_eval.COLORS[label]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == names
     assert {"Title", "across", "up"} <= set(texts(figure))
-    assert "5 of 5 images are shown" in words(figure) and "Colours: the class." in words(figure)
+    assert "5 images" in words(figure) and "Colours: the class." in words(figure)
     many = [f"c{i}" for i in range(21)]
-    figure = linear_eval.map_picture(images, labels, points, many, "", ("", ""))
+    figure = linear_eval.map_picture(points, labels, many, "", ("", ""))
     assert figure.axes[0].get_legend() is None and "21 classes are too many" in words(figure)
 
 
@@ -688,8 +684,7 @@ def test_spectra_are_drawn_to_a_common_scale():
     assert {"Title", "h", "z", "share of the whole variance"} <= set(texts(figure))
     dimension = math.exp(-sum(float(s) * math.log(s) for s in shares))
     assert f"x: effective dimension {dimension:.1f} of 3" in texts(figure)
-    assert "On the lower edge" in words(figure)
-    assert "lower edge" not in words(linear_eval.spectrum_picture({"z": {"x": shares}}, ""))
+    assert "on the lower edge what is less" in words(figure)
 
 
 def test_confusion_shows_shares_of_the_true_class():
@@ -743,7 +738,7 @@ def test_pictures_show_what_was_measured(argv, monkeypatch):
     assert counts.sum(1).tolist() == [8] * 4
     assert float(counts.diag().sum()) / 32 == pytest.approx(figures["top1"])
     of = "simclr, epoch 2, toy, before fine-tuning"
-    assert drawn["map"][4] == f"{of}: test images by their features"
+    assert drawn["map"][3] == f"{of}: test images by their features"
     (curves, _), other = drawn["spectrum"], "m, epoch 7, other/encoder.pt"
     assert list(curves["representations"]) == ["untrained resnet18", "simclr, epoch 2", other]
     assert list(curves["projections"]) == ["simclr, epoch 2"]  # beside the other is not its own
@@ -752,6 +747,8 @@ def test_pictures_show_what_was_measured(argv, monkeypatch):
     both, _ = linear_eval.load_encoder("checkpoint.pt", features="projector")
     with torch.no_grad():
         for panel, features in ("representations", both.encoder(x)), ("projections", both(x)):
+            if panel == "projections":  # SimCLR's loss is of normalised ones
+                features = torch.nn.functional.normalize(features)
             expected = torch.linalg.eigvalsh(features.T.double().cov()).flip(0)[:8]
             found = curves[panel]["simclr, epoch 2"][:8]
             torch.testing.assert_close(found / found[0], expected / expected[0], rtol=1e-3, atol=0)
@@ -780,9 +777,27 @@ def sequential(first):
     return renamed
 
 
+def hugging_face(weights):
+    parts = {"conv1.": "embedder.embedder.convolution.", "bn1.": "embedder.embedder.normalization."}
+    blocks = {"downsample.0.": "shortcut.convolution.", "downsample.1.": "shortcut.normalization."}
+    for i in 1, 2, 3:
+        blocks |= {f"conv{i}.": f"layer.{i - 1}.convolution."}
+        blocks |= {f"bn{i}.": f"layer.{i - 1}.normalization."}
+
+    def renamed(name):
+        stage = re.match(r"layer(\d)\.(\d)\.(.*?\.)(\w+)$", name)
+        if not stage:
+            head, _, rest = name.partition(".")
+            return parts[f"{head}."] + rest
+        part = blocks[stage[3]]
+        return f"encoder.stages.{int(stage[1]) - 1}.layers.{stage[2]}.{part}{stage[4]}"
+
+    return {renamed(name): value for name, value in weights.items()}
+
+
 def counted(weights):
     """By thop, which leaves its counts of operations."""
-    counts = {"total_ops": torch.zeros(1), "3.total_ops": torch.zeros(1)}
+    counts = {f"{at}total_ops": torch.zeros(1) for at in ("", "3.", "3.0.conv1.")}
     return sequential(3)(weights) | counts
 
 
@@ -809,6 +824,7 @@ LAYOUTS = {  # small stem?, how layers are named, the encoder's prefix, those of
     "PyTorch-BYOL": (False, sequential(4), "online.encoder.", {"target.encoder.": 0.5}),
     "MoCo": (False, same, "module.encoder_q.", {"module.encoder_k.": 0.5}),
     "averages": (True, same, "net.", {"average.net.": 0.5, "lagging.": 2}),
+    "Hugging Face": (False, hugging_face, "resnet.", {}),
     "no counters": (False, without_counters, "", {}),
 }
 
@@ -826,7 +842,7 @@ def trained_alike(arch, small):
     return network.eval()
 
 
-ARCHITECTURES = [*((name, "resnet18") for name in LAYOUTS), ("torchvision", "resnet50")]
+ARCHITECTURES = [*((name, "resnet18") for name in LAYOUTS), ("Hugging Face", "resnet50")]
 
 
 @pytest.mark.parametrize("layout, arch", ARCHITECTURES)
@@ -838,10 +854,12 @@ def test_public_layouts(layout, arch, monkeypatch):
     for other, scale in others.items():
         model |= below(other, {name: value * scale for name, value in weights.items()})
     saved = {"model": model, "epoch": 9, "optimizer": {"state": {0: torch.zeros(3)}}}
-    monkeypatch.setattr(common, "load_file", lambda path: saved)
+    monkeypatch.setattr(linear_eval, "read", lambda path: saved)
     encoder, info = linear_eval.load_encoder("theirs.pth")
     assert (info["arch"], info["stem"]) == (arch, "small" if small else "imagenet")
-    assert info["assumed"] == ["image_size", "mean", "std"]
+    numbered = layout in ("lightly, CIFAR", "leftthomas")  # which shows that there is no pool
+    stem = ["stem_padding", "stem_max_pool"][: 2 - numbered] if small else []
+    assert info["assumed"] == ["image_size", "mean", "std", *stem]
     if layout == "lightly, CIFAR":  # three places for convolution, norm and nothing else
         network = copy.deepcopy(network)
         network.relu = torch.nn.Identity()
@@ -874,7 +892,7 @@ def test_several_encoders_need_a_key(monkeypatch):
     other = {name: value * 0.5 for name, value in weights.items()}
 
     def found(saved, **overrides):
-        monkeypatch.setattr(common, "load_file", lambda path: saved)
+        monkeypatch.setattr(linear_eval, "read", lambda path: saved)
         encoder, info = linear_eval.load_encoder("two.pth", **overrides)
         return encoder.conv1.weight, info["found"]
 
@@ -891,6 +909,40 @@ def test_several_encoders_need_a_key(monkeypatch):
     assert "'teacher.'" in found({"teacher": weights})[1]  # if there is nothing else
 
 
+def test_harmless_values_are_taken(tmp_path):
+    """Beside weights that lie in lists and tuples, what other programs save with them."""
+    weights = trained_alike("resnet18", False).state_dict()
+    odd = [np.float64(1), np.int64(2), np.bool_(True), np.random.get_state(), tmp_path, {0: 1}]
+    more = {"a": collections.defaultdict(list, b=[1]), "c": collections.OrderedDict(d=2)}
+    old = [argparse.Namespace(lr=1), np.arange(3)]
+    path = tmp_path / "theirs.pt"
+    torch.save([{"epoch": 3}, ({"model": weights}, odd, more, old)], path)
+    encoder, info = linear_eval.load_encoder(path)
+    assert torch.equal(encoder.conv1.weight, weights["conv1.weight"])
+    assert "under '1.0.model.'" in info["found"]
+
+
+@pytest.mark.parametrize("padding, pool", [(2, False), (1, True), (None, None)])
+def test_stems_that_weights_do_not_show(padding, pool, argv):
+    """solo-learn's padding of 2, a max-pool behind 3x3: with flags as the original."""
+    network, x = copy.deepcopy(trained_alike("resnet18", True)), torch.rand(2, 3, 16, 16)
+    network.conv1.padding = padding or 1, padding or 1
+    network.maxpool = torch.nn.MaxPool2d(3, 2, 1) if pool else torch.nn.Identity()
+    torch.save({"net": network.state_dict()}, "theirs.pth")
+    given = {"stem_padding": padding, "stem_max_pool": pool}
+    encoder, info = linear_eval.load_encoder("theirs.pth", **given)
+    assert ("stem_padding" in info["assumed"]) == (padding is None)
+    flags = [f"--stem-padding={padding}", f"--{'no-' * (not pool)}stem-max-pool"] * (padding or 0)
+    argv[1] = "theirs.pth"
+    status, out, err = call(*argv, *flags, "--export", "mine.pt")
+    assert (status, err) == (0, "") and ("solo-learn's CIFAR models" in out) == (padding is None)
+    exported, known = linear_eval.load_encoder("mine.pt")
+    assert known["assumed"] == [] and known["method"] == "theirs.pth"
+    with torch.no_grad():
+        for found in encoder, exported:
+            torch.testing.assert_close(found(x), network(x), rtol=1e-4, atol=1e-4)
+
+
 # --------------------------------------------------------------------------------------------------
 # What is refused, each in one line
 
@@ -900,6 +952,12 @@ def changed(**change):
     saved = encoder_dict()
     weights = saved["state_dict"] | {k.replace("__", "."): v for k, v in change.items()}
     return saved | {"state_dict": {k: v for k, v in weights.items() if v is not None}}
+
+
+def several_convolutions():
+    saved = changed(conv1__weight=None, conv1__0__weight=torch.zeros(32, 3, 3, 3))
+    saved["state_dict"]["conv1.3.weight"] = torch.zeros(64, 32, 3, 3)
+    return saved
 
 
 NO_ENCODER = {
@@ -912,6 +970,9 @@ NO_ENCODER = {
     "sparse": (lambda: changed(bn1__bias=torch.zeros(64).to_sparse()), "1 tensors .* bn1.bias"),
     "on meta": (lambda: changed(bn1__bias=torch.zeros(64, device="meta")), "1 tensors .* bn1.bias"),
     "gates": (lambda: changed(layer1__0__se__fc1=torch.zeros(4, 64)), "too many: layer1.0.se.fc1"),
+    "a stem of several": (several_convolutions, "conv1.' has .*; its stem is an nn.Sequential"),
+    "blur-pool": (lambda: changed(maxpool__1__filt=torch.zeros(64, 1, 3, 3)), "filt; .* blur-pool"),
+    "padding": (lambda: encoder_dict(stem_padding=-1), "unusable"),
     "another arch": (lambda: encoder_dict(arch="resnet19"), "resnet18 by .*, not 'resnet19'"),
     "stem of a wrong type": (lambda: encoder_dict(stem=3), "stem is imagenet by .*, not 3"),
     "half a pixel": (lambda: encoder_dict(image_size=32.5), "unusable .* size"),
@@ -926,7 +987,7 @@ NO_ENCODER = {
 def test_what_is_no_encoder_is_refused(kind, monkeypatch):
     make, message = NO_ENCODER[kind]
     saved = make()
-    monkeypatch.setattr(common, "load_file", lambda path: saved)
+    monkeypatch.setattr(linear_eval, "read", lambda path: saved)
     with pytest.raises(common.InputError, match=f"^some.pt: .*{message}") as line:
         linear_eval.load_encoder("some.pt")
     assert "\n" not in str(line.value)
@@ -934,9 +995,13 @@ def test_what_is_no_encoder_is_refused(kind, monkeypatch):
 
 REFUSALS = {
     "--checkpoint nowhere.pt": "nowhere.pt: no such file",
-    "--checkpoint text.pt": "text.pt: ",
+    "--checkpoint folder": "folder/encoder.pt: no such file",
+    "--dataset unlabelled.pt": "unlabelled: evaluation needs a label for every image",
+    "--dataset single.pt": "single has a single class",
+    "--export toy.pt": "toy.pt is there already",
+    "--export new.pt --features projector": "not for that",
     "--checkpoint random --features projector": "needs a checkpoint.pt",
-    "--features projector --protocol finetune": "not for finetune",
+    "--features projector --protocol finetune": "not for that",
     "--dataset no_test.pt": "no_test has no test split: hold images out",
     "--protoco knn": "--protoco",
     "--label-fraction 0.02": "--label-fraction 0.02 leaves 4 classes without an image",
@@ -946,9 +1011,7 @@ REFUSALS = {
     "--protocol finetune --encoder-lr 1e38": "loss not finite in epoch",
     "--protocol finetune --batch-size 1": "in batches of 1 are too few",
     "--cached --protocol knn": "--cached is for --protocol linear",
-    "--lr 0.1 0.2 --protocol finetune": "several --lr are for --protocol linear",
     "--recipe s004 --protocol finetune": "--recipe s004 is for linear",
-    "--map tsne": "--map is for --pictures",
     "--compare encoder.pt": "--compare is for --pictures",
     "--pictures --compare nowhere.pt": "nowhere.pt: no such file",
 }
@@ -956,18 +1019,56 @@ REFUSALS = {
 
 @pytest.mark.parametrize("flags", REFUSALS)
 def test_refusals(flags, argv, toy, tmp_path):
-    Path("text.pt").write_text("These are no weights.\n")
-    torch.save({key: value for key, value in toy().items() if key != "test"}, "no_test.pt")
+    data, none = toy(), torch.full((64,), -1)
+    Path("folder").mkdir()
+    torch.save({key: value for key, value in data.items() if key != "test"}, "no_test.pt")
+    torch.save(data | {"train": data["train"] | {"labels": none}}, "unlabelled.pt")
+    one = {name: {**data[name], "labels": data[name]["labels"] * 0} for name in ("train", "test")}
+    torch.save({**one, "classes": ["a"]}, "single.pt")
     before = files_in(tmp_path)
     assert REFUSALS[flags] in refused(*argv, *flags.split())
     assert files_in(tmp_path) == before
 
 
-@pytest.mark.parametrize("module", ["matplotlib", "sklearn"])
-def test_what_is_not_installed_is_named_early(module, argv, tmp_path, monkeypatch):
-    before, find = files_in(tmp_path), linear_eval.importlib.util.find_spec
-    absent = lambda name: None if name == module else find(name)  # noqa: E731
-    monkeypatch.setattr(linear_eval.importlib.util, "find_spec", absent)
-    name = {"sklearn": "scikit-learn"}.get(module, module)
-    assert f"pip install {name}" in refused(*argv, "--pictures", "--map", "tsne")
-    assert files_in(tmp_path) == before
+def test_a_missing_matplotlib_is_said_early(argv, monkeypatch):
+    monkeypatch.setattr(linear_eval.importlib.util, "find_spec", lambda name: None)
+    assert "pip install matplotlib" in refused(*argv, "--pictures")
+
+
+class Net(torch.nn.Linear):
+    """An object in a file, of a library that is not there."""
+
+
+def script():
+    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), "odd.pt")
+
+
+NO_CHECKPOINT = {  # what writes the file: what it is, what to do
+    "web page": (b"\n<!DOCTYPE html>", "a web page: download"),
+    "pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "git lfs pull"),
+    "ONNX": (b"\x08\x07\x12\x07pytorch\x1a\x03", "an ONNX model: take"),
+    "text": (b"These are no weights.", "is damaged, or no checkpoint; .* state_dict"),
+    "TorchScript": (script, "is TorchScript; .* state_dict"),
+    "a module": (lambda: torch.save(Net(2, 2), "odd.pt"), "holds .*Net.* state_dict"),
+}
+
+
+@pytest.mark.parametrize("kind", NO_CHECKPOINT)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_what_no_checkpoint_is_called(kind, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    content, message = NO_CHECKPOINT[kind]
+    Path("odd.pt").write_bytes(content) if isinstance(content, bytes) else content()
+    with pytest.raises(common.InputError, match=f"^odd.pt .*{message}") as line:
+        linear_eval.load_encoder("odd.pt")
+    assert "\n" not in str(line.value) and "weights_only" not in str(line.value)
+
+
+def test_ctrl_c_has_no_advice(argv, monkeypatch, capsys):
+    monkeypatch.setattr(common, "load_once", mock.Mock(side_effect=KeyboardInterrupt))
+    with (
+        mock.patch.object(sys, "argv", ["linear_eval.py", *argv]),
+        pytest.raises(SystemExit) as end,
+    ):
+        runpy.run_path(linear_eval.__file__, run_name="__main__")
+    assert (end.value.code, capsys.readouterr().err) == (130, "interrupted\n")
