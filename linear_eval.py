@@ -101,9 +101,8 @@ def linear_classifier(encoder, data, train, args):
         return F.cross_entropy(head(h), y)
 
     share = functools.partial(common.learning_rate, total=1, warmup=0, base=1, final=args.lr_floor)
-    fit(
-        loss, batches, [{"params": head.parameters(), "base": args.lr, "share": share}], steps, args
-    )
+    groups = [{"params": head.parameters(), "base": args.lr, "share": share}]
+    fit(loss, batches, groups, steps, args)
     return head.requires_grad_(False).state_dict() | {"mean": mean, "std": std}
 
 
@@ -177,9 +176,8 @@ def augmented(data, epoch, steps, args):
     how = {"jitter_p": 0, "gray_p": 0} | AUGMENTS[args.augment]
     recipe = common.Recipe((args.crop_min, 1.0), **how)
     augment = common.Augment([recipe], args.image_size, data.mean, data.std, args.device)
-    for i, (images, labels) in enumerate(
-        common.training_batches(data.train, epoch, args, [recipe])
-    ):
+    batches = common.training_batches(data.train, epoch, args, [recipe])
+    for i, (images, labels) in enumerate(batches):
         rng = common.generator(args.seed, "linear", epoch * steps + i, args.device)
         yield *augment(images, rng), labels
 
@@ -340,7 +338,7 @@ FRAMES = {True: {"ec": BLUE, "ls": "-"}, False: {"ec": ORANGE, "ls": (0, (2, 1))
 
 
 def draw_pictures(info, data, test, measured, args):
-    """The four pictures, by name. data.train: the images that measured.train has features of."""
+    """The three pictures, by name. data.train: the images that measured.train has features of."""
     of, classes = f"{named(info, args)}, {data.name}", [str(name) for name in data.classes]
     frozen = of + ", before fine-tuning" * (args.protocol == "finetune")
     labels, queries = test.labels.cpu(), measured.test.images
@@ -349,12 +347,6 @@ def draw_pictures(info, data, test, measured, args):
     theirs = images_at(data.train, nearest.flatten(), args).unflatten(0, nearest.shape)
     known = labels[chosen], theirs, data.train.labels.cpu()[nearest]
     yield "neighbors", neighbors_picture(images, *known, classes, f"{frozen}: nearest neighbours")
-
-    few = measured.test.spread(1500)
-    points, shares = principal_components(few.images)
-    axes = [f"principal component, {x:.0%} of the variance" for x in shares.tolist()]
-    title = f"{frozen}: test images by their features"
-    yield "map", map_picture(points, few.labels.cpu(), classes, title, axes)
 
     curves = spectra(info, data, test, args)
     yield "spectrum", spectrum_picture(curves, f"{data.name}: spectrum of the covariance")
@@ -390,16 +382,6 @@ def nearest_images(test_features, test_labels, train_features, rows=10, count=8)
     queries = F.normalize(test_features[chosen.to(test_features.device)])
     cosine = queries @ F.normalize(train_features).T
     return chosen, cosine.topk(min(count, cosine.shape[1])).indices.cpu()
-
-
-def principal_components(features):
-    """The two coordinates [N, 2] in which features [N, F] vary most, and shares of variance [2]."""
-    centred = features.double() - features.double().mean(0)
-    values, vectors = torch.linalg.eigh(centred.T @ centred)
-    weights = vectors[:, -2:].flip(1)  # [F, 2]
-    weights = weights * weights.gather(0, weights.abs().argmax(0, keepdim=True)).sign()
-    shares = values.clamp(min=0) / values.clamp(min=0).sum().clamp(min=1e-300)
-    return (centred @ weights).cpu(), shares[-2:].flip(0).cpu()
 
 
 def spectra(info, data, test, args):
@@ -490,22 +472,6 @@ def neighbors_picture(images, labels, train_images, train_labels, classes, title
             frame = FRAMES[bool(same[row, column - 1])]
             axes.add_patch(Rectangle((x - 0.04, y - 0.04), 0.88, 0.88, lw=3, fill=False, **frame))
     axes.set(xlim=(-0.2, max(count + 1.3, 6)), ylim=(1.2 * rows, -0.2))
-    return figure
-
-
-def map_picture(points, labels, classes, title, coordinates):
-    """Points [N, 2], coloured by class where there are not too many classes for that."""
-    colored = len(classes) <= len(COLORS)
-    many = f"{len(classes)} classes are too many for colours."
-    caption = f"{len(points)} images. " + ("Colours: the class." if colored else many)
-    figure, (axes,) = new_figure(10, 11, title, caption)
-    for label in labels.unique().tolist():
-        x, y = points[labels == label].T
-        name, color = one_line(classes[label], 24), COLORS[label] if colored else INK
-        axes.scatter(x, y, s=9, color=color, label=name)
-    axes.set(xlabel=coordinates[0], ylabel=coordinates[1], xticks=[], yticks=[])
-    if colored:
-        axes.legend(ncols=5, markerscale=3, loc="lower left", bbox_to_anchor=(0, 1), frameon=False)
     return figure
 
 
@@ -903,7 +869,7 @@ def parser():
     p.add_argument("--validation-fraction", type=common.fraction, default=0.0,
                    help="measure on this share of the training images, held out, instead of test")
     p.add_argument("--untrained", action=switch, default=True, help="measure one, to compare with")
-    p.add_argument("--pictures", action="store_true", help="draw four; needs matplotlib")
+    p.add_argument("--pictures", action="store_true", help="draw three; needs matplotlib")
     p.add_argument("--compare", nargs="+", default=[], help="more checkpoints for spectrum.png")
     return p
 # fmt: on
@@ -979,6 +945,8 @@ def export(args):
 def the_images(data, args):
     """(data, kind): with what is held out, and what data.test, which the figures are of, is."""
     fraction, count, kind = args.validation_fraction, len(data.classes), "test"
+    for split in filter(None, (data.train, data.test)):
+        check(split.labels.min() >= 0, f"{data.name}: evaluation needs a label for every image")
     if fraction > 0:
         held, rest = drawn(data.train, fraction, count, args.seed, "validation")
         check(len(held) and len(rest), f"--validation-fraction {fraction} leaves a part empty")
@@ -986,8 +954,6 @@ def the_images(data, args):
         data = dataclasses.replace(data, train=train, test=test)
     none = f"{data.name} has no test split: hold images out with --validation-fraction 0.1"
     check(data.test is not None, none)
-    least = min(int(split.labels.min()) for split in (data.train, data.test))
-    check(least >= 0, f"{data.name}: evaluation needs a label for every image")
     check(count > 1, f"{data.name} has a single class: nothing to tell apart")
     missing = (data.train.labels.bincount(minlength=count) == 0).nonzero()[:3, 0].tolist()
     some = ", ".join(str(data.classes[i]) for i in missing)
