@@ -70,12 +70,10 @@ def refused(*argv):
     return err
 
 
-def separable(data):
-    """Four classes of plain images, each with a brightness of its own."""
-    for split in "train", "test":
-        level = 20 + 70 * data[split]["labels"] + torch.arange(len(data[split]["labels"])) % 7
-        data[split]["images"] = level.byte()[:, None, None, None].expand(-1, 3, 16, 16).clone()
-    return data
+def by_brightness(labels, size=16):
+    """Plain images from which the label is easily told."""
+    level = 60 * labels + torch.arange(len(labels)) % 41
+    return level.byte()[:, None, None, None].expand(-1, 3, size, size).clone()
 
 
 def encoder_dict(**change):
@@ -252,7 +250,10 @@ def test_validation_never_touches_the_test_images(argv, toy):
 
 
 def test_finetuning_learns(argv, toy):
-    torch.save(separable(toy()), "toy.pt")
+    data = toy()
+    for split in data["train"], data["test"]:
+        split["images"] = by_brightness(split["labels"])
+    torch.save(data, "toy.pt")
     flags = "--protocol finetune --epochs 12 --batch-size 16 --encoder-lr 0.05".split()
     assert evaluate(*argv, *flags)[1]["top1"] > 0.9
 
@@ -286,9 +287,7 @@ def test_small_classes_count(argv, toy):
     data = {"classes": list("abc")}
     for split, n in ("train", 600), ("test", 200):
         labels = UNEVEN.repeat(n // 100)
-        level = 60 * labels + torch.arange(n) % 41
-        images = level.byte()[:, None, None, None].expand(-1, 3, 8, 8).clone()
-        data[split] = {"images": images, "labels": labels}
+        data[split] = {"images": by_brightness(labels, 8), "labels": labels}
     torch.save(data, "toy.pt")
     table, figures = evaluate(*argv, *PROTOCOLS["knn"], "--image-size", "8")
     assert figures["majority"] == 0.9
@@ -537,47 +536,26 @@ def words(figure):
 
 
 ODD = ["a $1 \\alpha$ bill", "\u72ac \udc80 \x07", "_under", "", "an animal that has four legs"]
-KINDS = {
-    "odd": (5, 30, ODD),
-    "thousand": (1000, 1200, [f"n{i:08} a long name, number {i}" for i in range(1000)]),
-    "one image": (2, 1, ["cat", "dog"]),
-}
-
-
-def pictures(num_classes, n, classes, title="A heading"):
-    """One picture of each kind."""
-    labels = torch.arange(n) % num_classes
-    features, images = random(n, 12), plain(n)
-    chosen, nearest = linear_eval.nearest_images(features, labels, random(n, 12, seed=1))
-    some = images[chosen], labels[chosen], images[nearest], labels[nearest]
-    yield linear_eval.neighbors_picture(*some, classes, title)
-    shares = linear_eval.spectrum(features)
-    curves = {"representation": {"first": shares, "second": shares**2}, "z": {"first": shares}}
-    yield linear_eval.spectrum_picture(curves, title)
-    counts = torch.zeros(num_classes, num_classes, dtype=torch.int64)
-    counts.index_put_((labels, labels.flip(0)), torch.ones_like(labels), accumulate=True)
-    yield linear_eval.confusion_picture(counts, classes, title)
 
 
 @pytest.mark.filterwarnings("ignore:Glyph")
-@pytest.mark.parametrize("kind", KINDS)
-def test_texts_are_legible(kind):
-    """All of the heading is there, within the picture, and names do not run into one another."""
-    for figure in pictures(*KINDS[kind], "A heading of many words, such as this. " * 4):
+def test_odd_names_are_legible():
+    """They are drawn, headings whole and within the picture, and names do not overlap."""
+    images, labels = plain(30), torch.arange(30) % 5
+    some = images[:5], labels[:5], images[5:].unflatten(0, (5, 5)), labels[5:].view(5, 5)
+    title = "A heading of many words, such as this. " * 4
+    for figure in (
+        linear_eval.neighbors_picture(*some, ODD, title),
+        linear_eval.confusion_picture(torch.eye(5).long(), ODD, title),
+    ):
         canvas = FigureCanvasAgg(figure)
         canvas.draw()
         width, height = canvas.get_width_height()
-        assert 600 <= width <= 2000 and 400 <= height <= 2300
         assert words(figure).count("many words,") == 4
-        legends = [axes.get_legend() for axes in figure.axes if axes.get_legend()]
-        names = figure.axes[0].texts
-        for text in itertools.chain(figure.texts, names, *(one.get_texts() for one in legends)):
-            box = text.get_window_extent()
-            assert box.x0 > -1 and box.y0 > -1 and box.x1 < width + 1 and box.y1 < height + 1, text
-            assert text.get_fontsize() >= 7
-        names = [text.get_window_extent() for text in names]
-        for a, b in itertools.combinations(names, 2):
-            assert not a.overlaps(b)
+        names = [text.get_window_extent() for text in figure.axes[0].texts]
+        for box in itertools.chain(names, (text.get_window_extent() for text in figure.texts)):
+            assert box.x0 > -1 and box.y0 > -1 and box.x1 < width + 1 and box.y1 < height + 1
+        assert not any(a.overlaps(b) for a, b in itertools.combinations(names, 2))
 
 
 def test_neighbours_are_framed_and_named():
@@ -639,13 +617,13 @@ def test_confusion_shows_shares_of_the_true_class():
 
 
 def test_of_many_classes_the_most_confused_are_shown():
-    counts = torch.randint(0, 5, (50, 50), generator=torch.Generator().manual_seed(3))
-    counts += torch.diag(torch.arange(50) * 1000)  # right: no matter
-    wrong = [sum(int(counts[i, k] + counts[k, i]) for i in range(50) if i != k) for k in range(50)]
-    ranked = sorted(range(50), key=lambda k: -wrong[k])
-    figure = linear_eval.confusion_picture(counts, [f"class_{i}" for i in range(50)], "")
-    names = [label.get_text() for label in figure.axes[0].get_xticklabels()]
-    assert names == [f"class_{k}" for k in sorted(ranked[:20])]
+    counts = torch.diag(torch.arange(50) * 1000)  # right: no matter
+    for k in range(20, 40):
+        counts[k, 0] = counts[1, k] = 3
+    names = [f"class_{i}" for i in range(50)]
+    figure = linear_eval.confusion_picture(counts, names, "")
+    shown = [label.get_text() for label in figure.axes[0].get_xticklabels()]
+    assert shown == [names[k] for k in (0, 1, *range(20, 38))]  # the first of equals
     assert "Of 50 classes the 20 most confused" in words(figure)
 
 
