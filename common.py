@@ -549,7 +549,8 @@ def evaluation_view(images, size, mean, std):
 
 def centre_box(height, width, size):
     """top, left, height, width of the square that evaluation sees: 7/8 of the shorter side where
-    images are larger than `size` (resize to 256, crop 224; S003 B.1.2), else all of it."""
+    images are larger than `size` (resize to 256, crop 224), else all of it (S003 B.1.2 enlarges and
+    crops these, too: linear_eval.py --recipe s003)."""
     side = min(height, width)
     side = max(size, round(side * 7 / 8)) if side > size else side
     return (height - side) // 2, (width - side) // 2, side, side
@@ -564,10 +565,11 @@ def knn_monitor(backbone, data, args):
 
 
 def knn_votes(bank, test, num_classes, args):
-    """knn_scores and their k: --knn-k, but at most half of a class's mean share of the bank, beyond
-    which others outvote it. bank, test: Splits of features."""
-    k = max(1, min(args.knn_k, len(bank) // (2 * num_classes)))
+    """knn_scores and their k: --knn-k, but at most half of the bank's smallest class, beyond which
+    others outvote it. bank, test: Splits of features."""
     labels = bank.labels.to(bank.images.device)
+    counts = labels.bincount()
+    k = max(1, min(args.knn_k, int(counts[counts > 0].min()) // 2))
     return knn_scores(bank.images, labels, test.images, num_classes, k, args.knn_temperature), k
 
 
@@ -1775,7 +1777,8 @@ def run(main) -> None:
             dist.destroy_process_group()
         return result
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        if rank() == 0:
+            print("interrupted", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:  # whoever read what is printed has gone, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -1869,12 +1872,10 @@ def write_json(value, path) -> None:
 
 
 def load_file(path):
-    """torch.load with weights_only=True, so that no file can run code; InputError if it fails. A
-    Namespace is let in, as many keep their settings in one: it only holds values."""
+    """torch.load with weights_only=True, so that no file can run code; InputError if it fails."""
     check(Path(path).is_file(), f"{path}: no such file")
     odd = "not a file that torch.load(weights_only=True) accepts"
-    values = torch.serialization.safe_globals([argparse.Namespace])
-    with readable(path, odd), warnings.catch_warnings(), values:
+    with readable(path, odd), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # whatever torch finds odd is refused or not used
         return torch.load(path, map_location="cpu", weights_only=True)
 

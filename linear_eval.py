@@ -12,19 +12,17 @@ finetune Encoder and classifier are trained together, 20 epochs, the encoder wit
          --encoder-lr .005, in steps (S003 B.2.5, whose rates 20 and 30 of the classifier are for
          features that are not standardised; here .2).
 
---label-fraction .01 or .1 lets all of them use the labels of that share of each class alone;
---seeds 3 repeats all but the encoder's training, for a confidence interval; of several --lr the
-best on a tenth of the training images, held out, is taken.
-
---recipe s003  linear: lr .2 to .002, features not standardised (for ImageNet-1K S003 has others)
+--recipe s003  linear: lr .2 to .002, features not standardised (for ImageNet-1K S003 has others);
+               images no larger than the views are enlarged by 8/7 and cropped (B.1.2)
          s004  linear: lr .5 (S004 A.3), not standardised; weight decay 1e-4 and the last rate, a
                thousandth, from A.1 and the released code; crops as above, of which A.3 says nothing
+         s004_labels  S004 A.1: 50 epochs, AutoAugment, the contrastive batch. s004 turns into it
+               for what supcon_tcl.py trained with labels
          s001  50 epochs, linear on another dataset or finetune (S001 5.7.2-4; it gives no rates)
 
-Another --dataset than the encoder's is transfer: images are brought to the encoder's size and
-normalised with its statistics, as in its training (InfoCL takes the new dataset's). The accuracy
-is the last epoch's, on the test images, which nothing is chosen on. To choose anything, take
---validation-fraction, which measures on training images that it holds out.
+Of another --dataset than the encoder's, images are brought to the encoder's size and statistics
+(InfoCL takes the new dataset's). The accuracy is the last epoch's, on the test images. To choose
+anything, take --validation-fraction, which measures on held-out training images.
 
 Run: python linear_eval.py --checkpoint runs/simclr_cifar10_resnet18/encoder.pt --dataset cifar10
 
@@ -43,11 +41,13 @@ import json
 import math
 import os
 import re
+import sys
 import textwrap
 import time
 import warnings
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -60,57 +60,32 @@ from common import check
 
 
 def measure(encoder, original, data, train, test, images, args):
-    """{"knn" and the protocol: scores [N, C] of the test images}, and k and the rates taken. train,
-    test: Splits with features [N, F] for images; images: those of test."""
+    """{"knn" and the protocol: scores [N, C] of the test images}, k, and the linear classifier.
+    train, test: Splits with features [N, F] for images; images: those of test."""
     torch.manual_seed(args.seed)
     finite = train.images.isfinite().all() and test.images.isfinite().all()
     check(finite, f"{args.checkpoint}: its features are not finite")
     votes, k = common.knn_votes(train.spread(args.knn_bank), test, len(data.classes), args)
-    scores, how = {"knn": votes}, {"knn_k": k}
+    scores, classifier = {"knn": votes}, None
     if args.protocol == "linear":
-        scores["linear"], rates = linear_protocol(encoder, data, train, test, args)
-        how |= rates
+        classifier = linear_classifier(encoder, data, train, args)
+        h = (test.images - classifier["mean"]) / classifier["std"]
+        scores["linear"] = F.linear(h, classifier["weight"], classifier["bias"])
     if not all(torch.equal(v, original[key]) for key, v in encoder.state_dict().items()):
         raise RuntimeError("the encoder changed while it was evaluated")
     if args.protocol == "finetune":
         scores["finetune"] = finetune_protocol(encoder, data, train, images, args)
-    return scores, how
+    return scores, k, classifier
 
 
-def linear_protocol(encoder, data, train, test, args):
-    """Scores of a linear classifier on the frozen encoder, and its learning rate."""
-    several = len(args.lr) > 1
-    rates = compared_rates(encoder, data, train, args) if several else {"lr": args.lr[0]}
-    (classifier,) = linear_classifiers(encoder, data, train, [rates["lr"]], args)
-    with torch.no_grad():
-        return classifier(test.images), rates
-
-
-def compared_rates(encoder, data, train, args):
-    """The best --lr, and {rate: accuracy} of each, on a tenth of the training images, held out."""
-    held, rest = drawn(data.train, 0.1, len(data.classes), args.seed, "learning rate")
-    check(len(held), f"{len(data.train)} training images are too few to compare several --lr")
-    part, args = dataclasses.replace(data, train=data.train.take(rest)), copy.copy(args)
-    classifiers = linear_classifiers(encoder, part, train.take(rest), sorted(args.lr), args)
-    held, found = train.take(held), {}
-    with torch.no_grad():
-        for rate, classifier in zip(sorted(args.lr), classifiers, strict=True):
-            scores = classifier(held.images)
-            accuracy, _ = common.top_accuracies(scores, held.labels)
-            found[rate] = accuracy if scores.isfinite().all() else 0.0
-    text = ", ".join(f"{rate:g} {accuracy:.2%}" for rate, accuracy in found.items())
-    rate = min(found, key=lambda rate: (-found[rate], rate))  # the best, of equals the lowest
-    print(f"--lr on {len(held)} held-out training images: {text}; taken: {rate:g}")
-    return {"lr": rate, "lr_validation": found}
-
-
-def linear_classifiers(encoder, data, train, rates, args):
-    """For each rate a function from features of the frozen encoder to scores. train: features, with
-    whose mean and deviation all are standardised, so that a rate fits encoders of any scale."""
+def linear_classifier(encoder, data, train, args):
+    """weight [C, F] and bias of a layer on features of the frozen encoder, and the mean and std [F]
+    of train, by which features are standardised, so that a rate fits encoders of any scale."""
     (mean, std), steps = standardisation(train.images), steps_of(data, args)
     if not args.standardize:
         mean, std = torch.zeros_like(mean), torch.ones_like(std)
     cached = common.Split((train.images - mean) / std, train.labels)
+    head = new_head(train.images.shape[1], len(data.classes), args)
 
     def batches(epoch):
         if args.cached:
@@ -121,56 +96,56 @@ def linear_classifiers(encoder, data, train, rates, args):
                 h = encoder(x)
             yield (h.float() - mean) / std, labels
 
-    heads = fit_linear(batches, train.images.shape[1], len(data.classes), steps, rates, args)
-    return [lambda h, head=head: head((h - mean) / std) for head in heads]
+    def loss(batch):
+        h, y = common.gather(batch)  # from all processes: each trains the same head
+        return F.cross_entropy(head(h), y)
 
-
-def fit_linear(batches, num_features, num_classes, steps, rates, args):
-    """A linear layer for each rate, all trained on the same batches(epoch), [B, F] and [B]."""
-    heads = [new_head(num_features, num_classes, args) for _ in rates]
-    pairs = zip(heads, rates, strict=True)
-    groups = [{"params": head.parameters(), "base": rate} for head, rate in pairs]
-    optimizer = torch.optim.SGD(groups, 0.1, args.momentum, 0, args.weight_decay, foreach=True)
-    bar = common.Progress(args.epochs, steps, args.batch_size)
-    for epoch in range(1, args.epochs + 1):
-        bar.begin(epoch)
-        total = 0.0
-        for i, batch in enumerate(batches(epoch), 1):
-            h, y = common.gather(batch)  # from all processes: each trains the same heads
-            step = (epoch - 1) * steps + i - 1
-            share = common.learning_rate(step, steps * args.epochs, 0, 1, args.lr_floor)
-            for group in optimizer.param_groups:
-                group["lr"] = group["base"] * share
-            losses = torch.stack([F.cross_entropy(head(h), y) for head in heads])
-            losses.sum().backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            total = total + losses.detach()
-            bar.update(i, total.min())
-        total = float(total.nan_to_num(math.inf).min())  # of the rates that get on
-        check(math.isfinite(total), f"loss not finite in epoch {epoch}: try a lower --lr")
-        if epoch % max(1, args.epochs // 5) == 0:
-            bar.show(f"loss {total / steps:.4f}")
-    return heads
+    share = functools.partial(common.learning_rate, total=1, warmup=0, base=1, final=args.lr_floor)
+    groups = [{"params": head.parameters(), "base": args.lr, "share": share}]
+    fit(loss, batches, groups, steps, args)
+    return head.requires_grad_(False).state_dict() | {"mean": mean, "std": std}
 
 
 def finetune_protocol(encoder, data, train, test, args):
     """Scores after encoder and classifier were trained together, in train mode, with rates that are
     a fifth and a tenth after each quarter of the epochs (S003 B.2.5). test: the images."""
     head, steps = new_head(encoder.num_features, len(data.classes), args), steps_of(data, args)
-    model = Classifier(encoder.requires_grad_(True), head, *standardisation(train.images), args)
+    norm = nn.BatchNorm1d(encoder.num_features, affine=False)  # brings any scale to one
+    mean, std = standardisation(train.images)
+    norm.load_state_dict({"running_mean": mean, "running_var": std.square()}, strict=False)
+    model = nn.Sequential(encoder.requires_grad_(True), norm.to(args.device), head)
     model = common.synchronized(model, args).train()
     forward = common.distributed(model)
-    groups = [{"params": encoder.parameters(), "lr": args.encoder_lr, "falls": 0.2}]
-    groups += [{"params": head.parameters(), "lr": args.lr[0], "falls": 0.1}]
+    groups = [{"params": encoder.parameters(), "base": args.encoder_lr}]
+    groups += [{"params": head.parameters(), "base": args.lr}]
+    for group, falls in zip(groups, (0.2, 0.1), strict=True):
+        group["share"] = lambda progress, falls=falls: falls ** int(4 * progress)
+
+    def loss(batch):
+        x, y = batch
+        with common.autocast(args):
+            scores = forward(x)
+        return F.cross_entropy(scores.float(), y)
+
+    fit(loss, lambda epoch: augmented(data, epoch, steps, args), groups, steps, args)
+    model.eval()
+    with torch.no_grad():
+        return model[1:](common.encode(encoder, test, args, data))
+
+
+def fit(loss_of, batches, groups, steps, args):
+    """SGD. The rate of a group of parameters: its base, times its share(progress)."""
     optimizer = torch.optim.SGD(groups, 0.1, args.momentum, 0, args.weight_decay, foreach=True)
     scaler = torch.amp.GradScaler(torch.device(args.device).type, enabled=args.precision == "fp16")
     bar = common.Progress(args.epochs, steps, args.batch_size)
     for epoch in range(1, args.epochs + 1):
         bar.begin(epoch)
         total = 0.0
-        for i, (x, labels) in enumerate(augmented(data, epoch, steps, args), 1):
-            loss = F.cross_entropy(forward(x), labels)
+        for i, batch in enumerate(batches(epoch), 1):
+            for group in optimizer.param_groups:
+                progress = ((epoch - 1) * steps + i - 1) / (steps * args.epochs)
+                group["lr"] = group["base"] * group["share"](progress)
+            loss = loss_of(batch)
             scaler.scale(loss).backward()
             scaler.step(optimizer)
             scaler.update()
@@ -178,31 +153,9 @@ def finetune_protocol(encoder, data, train, test, args):
             total = total + loss.detach()
             bar.update(i, total)
         total = float(common.mean_over_processes(total))
-        check(math.isfinite(total), f"loss not finite in epoch {epoch}: try lower rates")
-        bar.show(f"loss {total / steps:.4f}")
-        if epoch * 4 // args.epochs > (epoch - 1) * 4 // args.epochs:
-            for group in optimizer.param_groups:
-                group["lr"] *= group["falls"]
-    model.eval()
-    with torch.no_grad():
-        return head(model.norm(common.encode(encoder, test, args, data)))
-
-
-class Classifier(nn.Module):
-    """Encoder, batch norm without parameters, which brings features of any scale to one, and a
-    linear layer: [B, 3, S, S] -> scores [B, C]."""
-
-    def __init__(self, encoder, head, mean, std, args):
-        super().__init__()
-        self.encoder, self.head, self.args = encoder, head, args
-        self.norm = nn.BatchNorm1d(encoder.num_features, affine=False, device=args.device)
-        self.norm.running_mean.copy_(mean)
-        self.norm.running_var.copy_(std.square())
-
-    def forward(self, x):
-        with common.autocast(self.args):
-            h = self.encoder(x)
-        return self.head(self.norm(h.float()))
+        check(math.isfinite(total), f"loss not finite in epoch {epoch}: try a lower --lr")
+        if epoch % max(1, args.epochs // 5) == 0:
+            bar.show(f"loss {total / steps:.4f}")
 
 
 def new_head(num_features, num_classes, args):
@@ -220,9 +173,11 @@ def standardisation(features):
 
 def augmented(data, epoch, steps, args):
     """The batches of an epoch, cropped and mirrored at random: (views, labels)."""
-    recipes = [common.Recipe((args.crop_min, 1.0), jitter_p=0, gray_p=0)]
-    augment = common.Augment(recipes, args.image_size, data.mean, data.std, args.device)
-    for i, (images, labels) in enumerate(common.training_batches(data.train, epoch, args, recipes)):
+    how = {"jitter_p": 0, "gray_p": 0} | AUGMENTS[args.augment]
+    recipe = common.Recipe((args.crop_min, 1.0), **how)
+    augment = common.Augment([recipe], args.image_size, data.mean, data.std, args.device)
+    batches = common.training_batches(data.train, epoch, args, [recipe])
+    for i, (images, labels) in enumerate(batches):
         rng = common.generator(args.seed, "linear", epoch * steps + i, args.device)
         yield *augment(images, rng), labels
 
@@ -261,7 +216,7 @@ T95 = 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262  # Student'
 
 def every_seed(encoder, data, test, args):
     """What the seeds measure on the images `test`: accuracies, {"knn" and the protocol: [(top-1,
-    top-5) of each]}; how, [k and rates of each]; and the first one's scores and features."""
+    top-5, balanced top-1) of each]}; k; the first one's scores, classifier and features."""
     original, found = copy.deepcopy(encoder.state_dict()), None
     queries, few = features_of(encoder, test, args, data), args.label_fraction < 1
     for seed in range(args.seed, args.seed + args.seeds):
@@ -270,23 +225,34 @@ def every_seed(encoder, data, test, args):
         some = labelled(data.train, args.label_fraction, len(data.classes), seed)
         part = dataclasses.replace(data, train=some)
         train = features_of(encoder, some, args, data) if few or not found else found.train
-        scores, how = measure(encoder, original, part, train, queries, test, now)
+        scores, k, classifier = measure(encoder, original, part, train, queries, test, now)
         if found is None:
-            found = argparse.Namespace(scores=scores, train=train, test=queries, how=[])
-            found.accuracies = {name: [] for name in scores}
-        found.how.append(how)
+            found = argparse.Namespace(scores=scores, train=train, test=queries, k=k)
+            found.classifier, found.accuracies = classifier, {name: [] for name in scores}
         for name, value in scores.items():
             top1, top5 = common.top_accuracies(value, queries.labels)
-            voters = how["knn_k"] if name == "knn" else math.inf
+            voters = k if name == "knn" else math.inf
             top5 = top5 if voters >= min(5, len(data.classes)) else None  # k vote for k at most
             if name != "knn" or few or not found.accuracies[name]:  # the same for every seed
-                found.accuracies[name].append((top1, top5))
+                found.accuracies[name].append((top1, top5, balanced(value, queries.labels)))
     return found
+
+
+def balanced(scores, labels):
+    """The mean over classes of their images' accuracy."""
+    right = (scores.argmax(1) == labels).double()
+    return float(torch.stack([right[labels == label].mean() for label in labels.unique()]).mean())
 
 
 def features_of(encoder, split, args, data):
     """The split with its features [N, F] for images."""
-    return common.Split(common.encode(encoder, split, args, data), split.labels.to(args.device))
+    labels, images = split.labels.to(args.device), split.images
+    if args.recipe == "s003" and split.in_memory:
+        part = round(min(images.shape[2:]) * 7 / 8)
+        if part < args.image_size:  # else it is so anyway
+            top, left, *_ = common.centre_box(*images.shape[2:], part)
+            split = common.Split(images[..., top : top + part, left : left + part], labels)
+    return common.Split(common.encode(encoder, split, args, data), labels)
 
 
 def labelled(split, fraction, num_classes, seed):
@@ -305,8 +271,9 @@ def random_encoder(args, data):
     stem = args.stem if args.stem != "auto" else "small" if size <= 64 else "imagenet"
     torch.manual_seed(args.seed)
     info = {"arch": arch, "stem": stem, "image_size": size, "mean": data.mean, "std": data.std}
+    info |= {"stem_padding": args.stem_padding, "stem_max_pool": args.stem_max_pool}
     info |= {"method": "untrained", "epoch": 0, "dataset": None}
-    return common.resnet(arch, stem).eval(), info
+    return network(info), info
 
 
 def untrained(data, test, args):
@@ -330,30 +297,32 @@ def mean_and_interval(values):
 
 def table(measured, plain, data, args):
     """Prints the table; returns the same for the JSON object. plain: of an untrained encoder."""
-    k, rows, result = measured.how[0]["knn_k"], [], {}
+    rows, result = [], {"knn_k": measured.k}
     before = ", before" * (args.protocol == "finetune")
-    names = {"knn": f"kNN, k = {k}{before}", "finetune": "finetuned"}
+    names = {"knn": f"kNN, k = {measured.k}{before}", "finetune": "finetuned"}
     names["linear"] = "linear" + ", cached" * args.cached
     for what, found in measured.accuracies.items():
-        pre = "knn_" if what == "knn" else ""
-        (top1, half), (top5, _) = (mean_and_interval(column) for column in zip(*found, strict=True))
-        result |= {f"{pre}top1": top1, f"{pre}top5": top5}
+        pre, columns = "knn_" if what == "knn" else "", list(zip(*found, strict=True))
+        (top1, half), (top5, _), (even, _) = map(mean_and_interval, columns)
+        result |= {f"{pre}top1": top1, f"{pre}top5": top5, f"{pre}balanced_top1": even}
         remark = ""
         if half is not None:
-            result |= {f"{pre}top1_ci95": half, f"{pre}top1_seeds": [top1 for top1, _ in found]}
+            result |= {f"{pre}top1_ci95": half, f"{pre}top1_seeds": list(columns[0])}
             remark = f"top-1 ± {half:.2%} (95 %; {len(found)} evaluations of one encoder)"
-        rows.append((names[what], top1, top5, remark))
-    result |= measured.how[0] if args.seeds == 1 else {"knn_k": k, "each_seed": measured.how}
+        rows.append((names[what], top1, top5, even, remark))
     names["linear"] = "linear, cached"
-    for what, ((top1, top5),) in plain.items():
+    for what, ((top1, *others),) in plain.items():
         result["untrained_" + ("knn_" if what == "knn" else "") + "top1"] = top1
-        rows.append((f"untrained: {names[what]}", top1, top5, ""))
-    rows.append(("chance", 1 / len(data.classes), min(1, 5 / len(data.classes)), ""))
-    width = max(18, *(len(row[0]) for row in rows)) + 1
-    print(f"{'':{width}}{'top-1':>8}{'top-5':>8}")
-    for name, *accuracies, remark in rows:
-        cells = [f"{'-':>8}" if x is None else f"{x:8.2%}" for x in accuracies]
-        print(f"{name:{width}}{''.join(cells)}  {remark}".rstrip())
+        rows.append((f"untrained: {names[what]}", top1, *others, ""))
+    chance, labels = 1 / len(data.classes), data.test.labels
+    result["majority"] = float(labels.bincount().max()) / len(labels)
+    rows.append(("majority: the largest class", result["majority"], None, None, ""))
+    rows.append(("chance", chance, min(1, 5 * chance), chance, ""))
+    width = max(len(row[0]) for row in rows) + 1
+    print(f"{'':{width}}{'top-1':>8}{'top-5':>8}{'balanced':>10}  (top-1, mean over classes)")
+    for name, top1, top5, even, remark in rows:
+        cells = [f"{'-' if x is None else f'{x:.2%}':>8}" for x in (top1, top5, even)]
+        print(f"{name:{width}}{cells[0]}{cells[1]}  {cells[2]}  {remark}".rstrip())
     return result
 
 
@@ -364,12 +333,12 @@ INK, PALE, BLUE, ORANGE = "#222222", "#d8d8d8", "#005ab5", "#dc5f00"
 COLORS = """#4363d8 #e6194b #3cb44b #f58231 #911eb4 #42d4f4 #f032e6 #9a6324 #000000 #bfef45
     #469990 #fabed4 #808000 #800000 #ffe119 #000075 #a9a9a9 #dcbeff #aaffc3 #ffd8b1""".split()
 DASHES = "-", "--", ":", "-."
+UNIT = ("simclr", "byol", "supcon", "tcl", "corinfomax")  # losses of normalised projections
 FRAMES = {True: {"ec": BLUE, "ls": "-"}, False: {"ec": ORANGE, "ls": (0, (2, 1))}}
-ABOVE = {"loc": "lower left", "bbox_to_anchor": (0, 1), "frameon": False, "handlelength": 1.2}
 
 
 def draw_pictures(info, data, test, measured, args):
-    """The four pictures, by name. data.train: the images that measured.train has features of."""
+    """The three pictures, by name. data.train: the images that measured.train has features of."""
     of, classes = f"{named(info, args)}, {data.name}", [str(name) for name in data.classes]
     frozen = of + ", before fine-tuning" * (args.protocol == "finetune")
     labels, queries = test.labels.cpu(), measured.test.images
@@ -378,15 +347,6 @@ def draw_pictures(info, data, test, measured, args):
     theirs = images_at(data.train, nearest.flatten(), args).unflatten(0, nearest.shape)
     known = labels[chosen], theirs, data.train.labels.cpu()[nearest]
     yield "neighbors", neighbors_picture(images, *known, classes, f"{frozen}: nearest neighbours")
-
-    some = torch.arange(min(len(test), 1500)) * len(test) // min(len(test), 1500)
-    features, name = queries[some.to(queries.device)], f"{frozen}: test images by their features"
-    if args.map == "tsne":
-        points, axes = tsne(features, args.seed), ("t-SNE, first coordinate", "second coordinate")
-    else:
-        points, shares = principal_components(features)
-        axes = [f"principal component, {x:.0%} of the variance" for x in shares.tolist()]
-    yield "map", map_picture(images_at(test, some, args), labels[some], points, classes, name, axes)
 
     curves = spectra(info, data, test, args)
     yield "spectrum", spectrum_picture(curves, f"{data.name}: spectrum of the covariance")
@@ -424,59 +384,30 @@ def nearest_images(test_features, test_labels, train_features, rows=10, count=8)
     return chosen, cosine.topk(min(count, cosine.shape[1])).indices.cpu()
 
 
-def principal_components(features):
-    """The two coordinates [N, 2] in which features [N, F] vary most, and shares of variance [2]."""
-    centred = features.double() - features.double().mean(0)
-    values, vectors = torch.linalg.eigh(centred.T @ centred)
-    weights = vectors[:, -2:].flip(1)  # [F, 2]
-    weights = weights * weights.gather(0, weights.abs().argmax(0, keepdim=True)).sign()
-    shares = values.clamp(min=0) / values.clamp(min=0).sum().clamp(min=1e-300)
-    return (centred @ weights).cpu(), shares[-2:].flip(0).cpu()
-
-
-def tsne(features, seed):
-    """t-SNE's float32 [N, 2] of features [N, F]: S003 5.6's settings (but in two dimensions)."""
-    from sklearn.manifold import TSNE
-
-    check(len(features) > 3, f"--map tsne: {len(features)} images are too few")
-    settings = {"perplexity": min(50, (len(features) - 1) / 3), "early_exaggeration": 12}
-    points = TSNE(**settings, init="random", random_state=seed)
-    return torch.from_numpy(points.fit_transform(features.cpu().numpy()))
-
-
-def map_cells(points, cells):
-    """{(column, row from above) in a grid, which they fill: index of one of the points [N, 2]}."""
-    low, high = points.amin(0), points.amax(0)
-    place = ((points - low) / (high - low).clamp(min=1e-12) * (cells - 1)).round().long()
-    shown = {}
-    for i in torch.randperm(len(points), generator=torch.Generator().manual_seed(0)).tolist():
-        shown.setdefault((int(place[i, 0]), cells - 1 - int(place[i, 1])), i)
-    return shown
-
-
 def spectra(info, data, test, args):
     """{panel: {label: spectrum [F]}} of the test images by an untrained encoder, the evaluated one
-    as it was saved, and those in --compare; projections where the run's checkpoint.pt is there."""
+    as it was saved, and those in --compare; projections where the run's checkpoint.pt is there, of
+    length 1 where the method makes them so (S003 5.5)."""
     panels = {"representations": {}, "projections": {}}
     for path in dict.fromkeys(["random", args.checkpoint, *args.compare]):
+        mine = path == args.checkpoint
         if path == "random":
-            encoder, its = random_encoder(args, data)
-            label = f"untrained {args.arch}"
+            (encoder, its), label = random_encoder(args, data), f"untrained {args.arch}"
         else:
-            mine = path == args.checkpoint
             encoder, its = load_encoder(path, **vars(args) | {"features": None} if mine else {})
             its |= {name: info[name] for name in its["assumed"]}
             label = named(its) if mine else f"{named(its)}, {path}"
         projector = its.get("projector") or projector_beside(path, encoder)
         encoder = encoder.to(args.device, memory_format=torch.channels_last)
         how = argparse.Namespace(**vars(args) | {"image_size": its["image_size"]})
-        h = common.encode(
-            encoder, test, how, dataclasses.replace(data, mean=its["mean"], std=its["std"])
-        )
+        there = dataclasses.replace(data, mean=its["mean"], std=its["std"])
+        h = common.encode(encoder, test, how, there)
         panels["representations"][label] = spectrum(h)
         if projector is not None:
             with torch.no_grad():
-                panels["projections"][label] = spectrum(projector.to(args.device)(h))
+                z = projector.to(args.device)(h)
+            unit = its["method"].removesuffix("_self_supervised") in UNIT
+            panels["projections"][label] = spectrum(F.normalize(z) if unit else z)
     return {panel: lines for panel, lines in panels.items() if lines}
 
 
@@ -497,17 +428,6 @@ def spectrum(features):
     values = torch.linalg.eigvalsh(covariance).flip(0).cpu()
     values = values.where(values > 1e-12 * values[0], 0)
     return values / values.sum().clamp(min=1e-300)
-
-
-def effective_dimension(shares):
-    """exp of the entropy of shares [F]: F where all are equal, 1 where one is all, 0 for no sum."""
-    return float(torch.special.entr(shares).sum().exp()) if shares.sum() > 0 else 0.0
-
-
-def most_confused(counts, limit=20):
-    """The `limit` classes, sorted, that take part in the most mistakes of counts [C, C]."""
-    wrong = counts - counts.diag().diag()
-    return (wrong.sum(0) + wrong.sum(1)).argsort(descending=True, stable=True)[:limit].sort().values
 
 
 def new_figure(width, height, title, caption, panels=1, dpi=100):
@@ -535,8 +455,9 @@ def neighbors_picture(images, labels, train_images, train_labels, classes, title
     from matplotlib.patches import Rectangle
 
     (rows, count), same = train_labels.shape, train_labels == labels[:, None]
-    caption = f"{int(same.sum())} of the {same.numel()} neighbours, {same.double().mean():.0%}, "
-    caption += "are of the test image's class. Nearest: by the cosine of features."
+    caption = "Left: test images. Then their nearest training images by the cosine of features; "
+    caption += f"{int(same.sum())} of these {same.numel()}, {same.double().mean():.0%}, are of the "
+    caption += "test image's class (blue, solid frames), the others not (orange, dashed)."
     figure, (axes,) = new_figure(max(7, count + 1.5), max(4, 1.2 * rows + 1.6), title, caption)
     axes.axis("off")
     tiles = torch.cat([images[:, None], train_images], 1).clamp(0, 1)
@@ -550,61 +471,26 @@ def neighbors_picture(images, labels, train_images, train_labels, classes, title
         if column:
             frame = FRAMES[bool(same[row, column - 1])]
             axes.add_patch(Rectangle((x - 0.04, y - 0.04), 0.88, 0.88, lw=3, fill=False, **frame))
-    axes.text(0.4, -0.1, "test image", fontsize=10, ha="center")
-    axes.text(1.3, -0.1, "its nearest training images, the nearest first", fontsize=10)
-    axes.set(xlim=(-0.2, max(count + 1.3, 6)), ylim=(1.2 * rows, -0.4))
-    handles = [Rectangle((0, 0), 1, 1, lw=3, fill=False, **frame) for frame in FRAMES.values()]
-    names = "neighbour of the test image's class", "neighbour of another class"
-    axes.legend(handles, names, ncols=2, **ABOVE)
-    return figure
-
-
-def map_picture(images, labels, points, classes, title, coordinates):
-    """Images, float [N, 3, S, S] in [0, 1], where their points [N, 2] are, framed by class."""
-    from matplotlib.colors import to_rgb
-    from matplotlib.patches import Patch
-
-    cells = max(12, min(52, math.ceil(1.65 * len(points) ** 0.5)))
-    shown, tile, colored = map_cells(points, cells), 1664 // cells, len(classes) <= len(COLORS)
-    size, edge = tile - 2, 3 if colored else 1
-    small = F.interpolate(images.float(), 2 * [size - 2 * edge], mode="bicubic", antialias=True)
-    canvas = torch.ones(3, cells * tile, cells * tile)
-    for (column, row), i in shown.items():
-        color = torch.tensor(to_rgb(COLORS[labels[i]] if colored else PALE))
-        place = canvas[:, row * tile : row * tile + size, column * tile : column * tile + size]
-        place[:] = color[:, None, None]
-        place[:, edge:-edge, edge:-edge] = small[i].clamp(0, 1)
-    caption = f"{len(shown)} of {len(points)} images are shown, one at each place, scaled to fit. "
-    many = f"{len(classes)} classes are too many for colours."
-    caption += "Colours: the class." if colored else many
-    figure, (axes,) = new_figure(12, 14, title, caption, dpi=150)
-    axes.imshow(canvas.permute(1, 2, 0).numpy())
-    axes.set(xlabel=coordinates[0], ylabel=coordinates[1], xticks=[], yticks=[])
-    if colored:
-        handles = [Patch(color=color) for color in COLORS[: len(classes)]]
-        axes.legend(handles, [one_line(name, 24) for name in classes], ncols=5, **ABOVE)
+    axes.set(xlim=(-0.2, max(count + 1.3, 6)), ylim=(1.2 * rows, -0.2))
     return figure
 
 
 def spectrum_picture(curves, title):
     """{panel: {label: spectrum [F]}} side by side, of the same look for the same label."""
     labels = list(dict.fromkeys(itertools.chain(*curves.values())))
-    shares = torch.cat([x for lines in curves.values() for x in lines.values()])
-    least = min(shares[shares > 0].tolist(), default=1)
-    bottom = 10.0 ** min(-1, max(-10, math.floor(math.log10(least))))
-    caption = "Shares of eigenvalues of the covariance. Effective dimension: exp of their entropy."
-    if shares.min() < bottom:
-        caption += " On the lower edge: what is less, or zero."
+    caption = "Shares of eigenvalues of the covariance, on the lower edge what is less, or zero. "
+    caption += "Effective dimension: exp of their entropy."
     size = 7 * len(curves), 5.5 + 0.3 * len(labels)
     figure, panels = new_figure(*size, title, caption, len(curves))
     for axes, (panel, lines) in zip(panels, curves.items(), strict=True):
         for label, values in lines.items():
-            text = f": effective dimension {effective_dimension(values):.1f} of {len(values)}"
+            dimension = float(torch.special.entr(values).sum().exp())
+            text = f": effective dimension {dimension:.1f} of {len(values)}"
             number = labels.index(label)
             how = {"color": COLORS[number % 9], "linestyle": DASHES[number % 4]}
-            ranks, values = range(1, len(values) + 1), values.clamp(min=bottom)
+            ranks, values = range(1, len(values) + 1), values.clamp(min=1e-10)
             axes.plot(ranks, values, label=one_line(label, 50) + text, **how)
-        axes.set(yscale="log", ylim=(bottom, 1), title=panel)
+        axes.set(yscale="log", ylim=(1e-10, 1), title=panel)
         axes.set(xlabel="rank of the eigenvalue", ylabel="share of the whole variance")
         axes.grid(color=PALE)
         axes.legend(loc="upper left", bbox_to_anchor=(0, -0.13), frameon=False, handlelength=4)
@@ -615,7 +501,10 @@ def confusion_picture(counts, classes, title):
     """counts int64 [C, C] of images by true and predicted class; the 20 most confused of more."""
     from matplotlib.patches import Rectangle
 
-    total, right, known = int(counts.sum()), int(counts.diag().sum()), most_confused(counts)
+    wrong = counts - counts.diag().diag()
+    mistakes = wrong.sum(0) + wrong.sum(1)  # in which a class takes part
+    known = mistakes.argsort(descending=True, stable=True)[:20].sort().values
+    total, right = int(counts.sum()), int(counts.diag().sum())
     share = (counts / counts.sum(1, keepdim=True).clamp(min=1))[known][:, known]
     names, n = [one_line(classes[k], 24) for k in known.tolist()], len(known)
     title += f": {right / max(1, total):.1%} of {total} images correct"
@@ -651,44 +540,59 @@ def write_pictures(pictures, folder):
 
 OURS = ("encoder.pt", "checkpoint.pt")
 ABOUT = ("arch", "stem", "image_size", "mean", "std")  # what an encoder needs beside its weights
+STEM = ("stem_padding", "stem_max_pool", "stem_relu")  # what a file says only where it was told
 # The place of layer1 in an nn.Sequential tells what is before it: ReLU and max-pool have places of
 # their own, so at 3 there is no max-pool, and at 2 no ReLU either. None: layers with names.
 PLACES = {
     n: {"0": "conv1", "1": "bn1"} | {str(n + i): f"layer{i + 1}" for i in range(4)}
     for n in (4, 3, 2)
 }
+# Parts of names that others have, Hugging Face most of them, and torchvision's.
+NAMES = {"embedder.embedder.convolution.": "conv1.", "embedder.embedder.normalization.": "bn1."}
+for _i in range(4):
+    NAMES[f"encoder.stages.{_i}.layers."] = f"layer{_i + 1}."
+    NAMES[f".layer.{_i}.convolution."] = f".conv{_i + 1}."
+    NAMES[f".layer.{_i}.normalization."] = f".bn{_i + 1}."
+NAMES |= {"shortcut.convolution.": "downsample.0.", "shortcut.normalization.": "downsample.1."}
+NAMES |= {"shortcut.": "downsample."}
 COPIES = set("momentum k ema key teacher target average lagging".split())
+STRANGE = {  # how a file begins: what it is
+    rb"\s*<": "a web page: download the file itself",
+    rb"version https://git-lfs": "a git-lfs pointer: git lfs pull fetches the file itself",
+    rb"\x08.\x12": "an ONNX model: take the PyTorch checkpoint that it was made from",
+}
 
 
 def load_encoder(path, **overrides):
     """(encoder, info): the ResNet in a checkpoint, ours or anybody's, from [B, 3, S, S] to [B, F],
-    in eval mode, and what is known of it.
+    in eval mode, and what is known of it. Of a folder encoder.pt is taken.
 
-    overrides: arch, stem (have to agree with the weights), image_size, mean, std; key, a part of
-    the prefix where there are several; features="projector", for encoder and projector of a
-    checkpoint.pt of ours. info: these and method, dataset, epoch; "found", what was taken and
-    ignored; "projector", or None; "assumed", which of image_size, mean and std nobody says (then
-    224, or 32 with the small stem, and ImageNet's). InputError, one line, for anything else."""
-    saved = common.load_file(path)
+    overrides: arch, stem (have to agree with the weights), image_size, mean, std, stem_padding,
+    stem_max_pool; key, a part of the prefix where there are several; features="projector", for
+    encoder and projector of a checkpoint.pt of ours. info: these and method, dataset, epoch;
+    "found", what was taken and ignored; "projector", or None; "assumed", what nobody says (then 224
+    pixels, or 32 with the small stem, ImageNet's statistics, a small stem as ours). InputError, one
+    line, for anything else."""
+    path = file_of(path)
+    saved = read(path)
     tensors = tensors_in(saved)
+    sharded = [name for name, value in tensors.items() if hasattr(value, "placements")]
+    check(not sharded, f"{path} holds shards, as {sharded[:1]}: save the full state_dict")
     chosen = choose(tensors, path, overrides.get("key"))
     saved = saved if isinstance(saved, dict) else {}
     ours = all(name in saved for name in ABOUT)
-    said = {name: saved[name] for name in ABOUT if ours}
-    said |= {name: overrides[name] for name in ABOUT if overrides.get(name) not in (None, "auto")}
-    info = completed(said, chosen, path)
+    said = {name: saved[name] for name in ABOUT + STEM if ours and name in saved}
+    given = {name: overrides.get(name) for name in ABOUT + STEM}
+    said |= {name: value for name, value in given.items() if value not in (None, "auto")}
+    info = completed(said, chosen, path, ours)
     for name, kind in ("method", str), ("dataset", str), ("epoch", int):
         info[name] = saved[name] if isinstance(saved.get(name), kind) else None
     if not ours:
-        info |= {"method": Path(path).name, "dataset": None}
+        info |= {"method": path.name, "dataset": None}
     info["found"] = described(chosen, tensors)
-    encoder = common.resnet(chosen.arch, chosen.stem).eval()
+    encoder = network(info)
     weights = {name: tensors[old] for name, old in chosen.names.items()}
     encoder.load_state_dict(encoder.state_dict() | weights)
-    if chosen.first in (2, 3):
-        encoder.maxpool = nn.Identity()
-    if chosen.first == 2:
-        encoder.relu = nn.Identity()
     info["projector"] = layers = projector_of(chosen, tensors) if ours else None
     if overrides.get("features") == "projector":
         check(layers, f"{path}: no projector; --features projector takes a checkpoint.pt of ours")
@@ -698,17 +602,70 @@ def load_encoder(path, **overrides):
     return encoder, info
 
 
+def file_of(path):
+    return Path(path, OURS[0]) if Path(path).is_dir() else Path(path)
+
+
+def network(info):
+    """The ResNet that info describes, in eval mode, with random weights."""
+    encoder = common.resnet(info["arch"], info["stem"]).eval()
+    padding, max_pool, relu = (info.get(name) for name in STEM)
+    if padding is not None:
+        encoder.conv1.padding = padding, padding
+    if max_pool is not None:
+        encoder.maxpool = nn.MaxPool2d(3, 2, 1) if max_pool else nn.Identity()
+    if relu is False:
+        encoder.relu = nn.Identity()
+    return encoder
+
+
+def read(path):
+    """What torch.save wrote, of plain values alone; InputError for all else: no code is run."""
+    check(path.is_file(), f"{path}: no such file")
+    with path.open("rb") as file:
+        start = file.read(100)
+    for sign, what in STRANGE.items():
+        check(not re.match(sign, start, re.DOTALL), f"{path} is {what}")
+    try:
+        with warnings.catch_warnings(), torch.serialization.safe_globals(harmless()):
+            warnings.simplefilter("ignore")  # whatever torch finds odd is refused or not used
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, MemoryError):  # say nothing of what is in it
+        raise
+    except Exception as error:  # of many kinds, and torch's own advice is to run the code
+        held = re.search(r"GLOBAL (\S+)", str(error))
+        what = f"holds {held[1]}, no plain value" if held else "is damaged, or no checkpoint"
+        what = "is TorchScript" if "TorchScript" in str(error) else what
+        advice = "save the model's state_dict alone: torch.save(model.state_dict(), FILE)"
+        raise common.InputError(f"{path} {what}; nothing of it was run; {advice}") from None
+
+
+def harmless():
+    """What torch.load may call beside its own: it makes values alone. numpy 1 and 2, and pathlib of
+    Python 3.13, have other names for the same."""
+    found = [argparse.Namespace, list, dict, int, float, str, bool, np.dtype, np.ndarray]
+    found.append((lambda *kind: {}, "collections.defaultdict"))
+    found += {type(np.dtype(code)) for code in "?" + np.typecodes["AllInteger"] + "efd"}
+    for value, name in (np.float32(), "scalar"), (np.zeros(0), "_reconstruct"):
+        function = value.__reduce__()[0]
+        found += [(function, f"numpy.{core}.multiarray.{name}") for core in ("core", "_core")]
+    for module, system in itertools.product(("pathlib", "pathlib._local"), ("Posix", "Windows")):
+        found.append((PurePosixPath, f"{module}.{system}Path"))
+    return found
+
+
 def tensors_in(saved):
-    """Every tensor in dicts in dicts, by its keys joined with dots, in alphabetical order."""
+    """Every tensor in dicts, lists and tuples, by its keys joined with dots, sorted."""
     found, todo = {}, [("", saved)]
     while todo:
         name, value = todo.pop()
         if isinstance(value, torch.Tensor):
             if value.layout == torch.strided and value.is_cpu and not value.is_quantized:
                 found[name] = value
-        elif isinstance(value, dict):
-            parts = ((key, part) for key, part in value.items() if isinstance(key, str))
-            todo += [(f"{name}.{key}" if name else key, part) for key, part in parts]
+        elif isinstance(value, list | tuple | dict):
+            parts = value if isinstance(value, dict) else {str(i): x for i, x in enumerate(value)}
+            parts = {key: part for key, part in parts.items() if isinstance(key, str)}
+            todo += [(f"{name}.{key}" if name else key, part) for key, part in parts.items()]
     return dict(sorted(found.items()))
 
 
@@ -724,6 +681,10 @@ def choose(tensors, path, key):
     best = min(found, key=lambda one: len(one.wrong))
     text = f"{path}: no whole encoder: as a {best.arch}, what is under {best.prefix!r} has "
     text += f"{len(best.wrong)} tensors missing, misshapen or too many: {', '.join(best.wrong[:3])}"
+    if re.search(r"(^|\.)conv1\.$", best.prefix):
+        text += "; its stem is an nn.Sequential, and only one convolution is taken"
+    if best.wrong and best.wrong[0].endswith("filt"):
+        text += "; it has blur-pool, and only torchvision's own ResNets are taken"
     check(not best.wrong, text)
     whole = [one for one in found if not one.wrong]
     words = {one.prefix: set(re.split(r"[._]", one.prefix.lower())) for one in whole}
@@ -748,17 +709,21 @@ Candidate = collections.namedtuple("Candidate", "prefix first arch stem names wr
 
 def candidates_in(tensors):
     """A Candidate for each place that has a first convolution, of three channels."""
-    for first, value in tensors.items():
+    known = {}
+    for old in tensors:
+        if not old.endswith(("total_ops", "total_params")):  # counted by thop
+            name = functools.reduce(lambda x, part: x.replace(*part), NAMES.items(), old)
+            known[name] = old
+    for first, old in known.items():
         start = re.fullmatch(r"(|.*\.)(conv1|0)\.weight", first, re.DOTALL)
-        if not start or value.ndim != 4 or value.shape[1] != 3:
+        if not start or tensors[old].ndim != 4 or tensors[old].shape[1] != 3:
             continue
+        below = {k.removeprefix(start[1]): v for k, v in known.items() if k.startswith(start[1])}
         for place in [None] if start[2] == "conv1" else PLACES:
             names = {}
-            for name in tensors:
-                if name.startswith(start[1]) and "total_" not in name:  # thop counts operations
-                    rest = name.removeprefix(start[1]).replace("shortcut.", "downsample.")
-                    head, dot, rest = rest.partition(".")
-                    names[PLACES.get(place, {}).get(head, head) + dot + rest] = name
+            for name, old in below.items():
+                head, dot, rest = name.partition(".")
+                names[PLACES.get(place, {}).get(head, head) + dot + rest] = old
             yield fitted(start[1], place, names, tensors)
 
 
@@ -766,7 +731,8 @@ def fitted(prefix, first, names, tensors):
     """The Candidate of the architecture of which the least is wrong."""
     shapes = {name: tensors[old].shape for name, old in names.items()}
     stem, found = "small" if shapes["conv1.weight"][2] == 3 else "imagenet", []
-    inside = [name for name in names if re.match(r"(conv1|bn1|layer\d)\.", name)]
+    inside = [name for name in names if name.endswith(".filt")]  # blur-pool's, wherever it is
+    inside += [name for name in names if re.match(r"(conv1|bn1|layer\d)\.", name)]
     for arch in common.ARCHITECTURES:
         expected = shapes_of(arch, stem)
         wrong = [name for name in inside if shapes[name] != expected.get(name)]
@@ -784,22 +750,28 @@ def shapes_of(arch, stem):
         return {name: x.shape for name, x in common.resnet(arch, stem).state_dict().items()}
 
 
-def completed(said, chosen, path):
+def completed(said, chosen, path, ours):
     """What file and flags say of an encoder, checked, and where they say nothing, assumed."""
     info = {"arch": chosen.arch, "stem": chosen.stem} | said
     for name, seen in ("arch", chosen.arch), ("stem", chosen.stem):
         text = f"{path}: {name} is {seen} by its weights, not {info[name]!r}: --{name}"
         check(info[name] == seen, text)
-    default = {"image_size": 32 if chosen.stem == "small" else 224}
+    small, numbered = chosen.stem == "small", chosen.first in (2, 3)
+    default = {"image_size": 32 if small else 224}
     default |= {"mean": common.IMAGENET_MEAN, "std": common.IMAGENET_STD}
-    info["assumed"] = [name for name in default if info.get(name) is None]
-    info |= {name: default[name] for name in info["assumed"]}
+    default |= {"stem_padding": 1 if small else 3, "stem_max_pool": not small and not numbered}
+    default |= {"stem_relu": chosen.first != 2}
+    unsaid = [name for name in default if info.get(name) is None]
+    info |= {name: default[name] for name in unsaid}
+    known = STEM if ours or not small else STEM[1:] if numbered else STEM[2:]
+    info["assumed"] = [name for name in unsaid if name not in known]
     try:
         values = torch.tensor([info["mean"], info["std"]], dtype=torch.float64)
         right = values.shape == (2, 3) and values.isfinite().all() and min(values[1]) > 0
     except (ValueError, TypeError, OverflowError, RuntimeError):
         right = False
     right = right and type(info["image_size"]) is int and 8 <= info["image_size"] <= 4096
+    right = right and info["stem_padding"] in range(10)
     check(right, f"{path}: unusable statistics or size: --mean, --std, --image-size replace them")
     info["mean"], info["std"] = values.tolist()
     return info
@@ -821,7 +793,7 @@ def projector_of(chosen, tensors):
     """Our own projector from its numbered tensors: a matrix is a Linear, a vector batch norm, a
     number without tensors a ReLU. None where there is none like that."""
     parent = chosen.prefix.removesuffix("backbone.")
-    starts = [f"{parent}{word}." for word in ("projector", "head")]
+    starts = [f"{parent}projector.", f"{parent}head."]
     start = next((start for start in starts if f"{start}0.weight" in tensors), None)
     if start is None:
         return None
@@ -844,15 +816,22 @@ def projector_of(chosen, tensors):
 # --------------------------------------------------------------------------------------------------
 # Command line
 
+LABELLED = ("supcon", "tcl", "cross_entropy")  # methods of supcon_tcl.py
+S004 = {"lr": 0.5, "standardize": False, "lr_floor": 1e-3, "weight_decay": 1e-4}
+AUGMENTS = {"crops": {}, "crop_flip": {"pad": 4}}  # as in supcon_tcl.py
+AUGMENTS |= {"autoaugment": {"pad": 4, "policy": "cifar10"}}
 PRESETS = {
-    "default": {"epochs": 100, "batch_size": 256, "lr": [0.02], "lr_floor": 0.01}
+    "default": {"epochs": 100, "batch_size": 256, "lr": 0.02, "lr_floor": 0.01}
     | {"weight_decay": 0.0, "standardize": True, "crop_min": 0.08},
     "shapes": {"epochs": 20, "crop_min": 0.4},
-    "finetune": {"epochs": 20, "lr": [0.2]},  # S003 B.2.5
+    "finetune": {"epochs": 20, "lr": 0.2},  # S003 B.2.5
     "s001": {"epochs": 50},
-    "s003": {"epochs": 100, "lr": [0.2], "standardize": False},
-    "s004": {"epochs": 100, "lr": [0.5], "standardize": False}
-    | {"lr_floor": 1e-3, "weight_decay": 1e-4},
+    "s003": {"epochs": 100, "lr": 0.2, "standardize": False},
+    "s004": {"epochs": 100, **S004},
+    "s004_labels": {"epochs": 50, "batch_size": 128, "augment": "autoaugment", **S004},
+    "cifar100 s004_labels": {"batch_size": 256},
+    "imagenet100 s004_labels": {"batch_size": 256},
+    "fashion_mnist s004_labels": {"augment": "crop_flip"},
 }
 
 
@@ -863,52 +842,58 @@ def parser():
     p.add_argument("--key", help="a part of the encoder's prefix, where a file holds several")
     p.add_argument("--mean", type=float, nargs=3, help="of the channels; default: as for --std")
     p.add_argument("--std", type=common.positive, nargs=3, help="default: the file's, else assumed")
+    p.add_argument("--stem-padding", type=common.number(int, 0, 9), help="2 in solo-learn's CIFAR")
+    p.add_argument("--stem-max-pool", action=switch, help="behind a 3x3 stem; default: none there")
     p.add_argument("--features", choices=("encoder", "projector"), default="encoder",
                    help="what is evaluated; the projector is in our own checkpoint.pt")
+    p.add_argument("--export", metavar="FILE", help="write the encoder as an encoder.pt, no more")
     p.add_argument("--protocol", choices=("linear", "knn", "finetune"), default="linear",
                    help="frozen features, neighbours, or all trained together")
-    p.add_argument("--recipe", choices=("s001", "s003", "s004"), help="settings of a thesis")
+    p.add_argument("--recipe", choices=("s001", "s003", "s004", "s004_labels"), help="of a thesis")
     common.shared_arguments(p)
     p.set_defaults(arch=None)  # the checkpoint knows
     p.add_argument("--cached", action="store_true", help="compute features once, no augmentation")
     p.add_argument("--label-fraction", type=common.number(float, 1e-6, 1), default=1.0,
                    help="of the training images of each class, for every protocol")
-    p.add_argument("--seeds", type=common.number(int, 1, 10), default=1,
-                   help="repeat with --seed, --seed + 1, ...: mean and 95 %% confidence interval")
+    p.add_argument("--seeds", type=common.number(int, 1, 10), default=1, help="to repeat it with")
     p.add_argument("--epochs", type=common.count, help="of the classifier")
     p.add_argument("--batch-size", type=common.count, help="of the classifier")
-    p.add_argument("--lr", type=common.positive, nargs="+", help="initial; of several the best")
+    p.add_argument("--lr", type=common.positive, help="initial, of the classifier")
     p.add_argument("--lr-floor", type=common.fraction, help="last rate / first, for linear")
     p.add_argument("--encoder-lr", type=common.positive, default=0.005, help="for finetune, S003")
     p.add_argument("--momentum", type=common.fraction, default=0.9, help="of SGD")
     p.add_argument("--weight-decay", type=common.number(float, 0), help="of SGD")
     p.add_argument("--standardize", action=switch, help="features, for the linear classifier")
     p.add_argument("--crop-min", type=common.number(float, 1e-3, 1), help="share of the area")
+    p.add_argument("--augment", choices=AUGMENTS, default="crops", help="images, for a classifier")
     p.add_argument("--validation-fraction", type=common.fraction, default=0.0,
                    help="measure on this share of the training images, held out, instead of test")
     p.add_argument("--untrained", action=switch, default=True, help="measure one, to compare with")
-    p.add_argument("--pictures", action="store_true", help="draw four; needs matplotlib")
-    p.add_argument("--map", choices=("pca", "tsne"), default="pca", help="tsne: needs scikit-learn")
+    p.add_argument("--pictures", action="store_true", help="draw three; needs matplotlib")
     p.add_argument("--compare", nargs="+", default=[], help="more checkpoints for spectrum.png")
     return p
 # fmt: on
 
 
 def arguments():
-    args = common.parse_args(parser(), PRESETS, "protocol", "recipe")
-    linear = args.protocol == "linear"
+    first, words = argparse.ArgumentParser(add_help=False, allow_abbrev=False), sys.argv[1:]
+    first.add_argument("--checkpoint", default="random")
+    first.add_argument("--recipe")
+    known, _ = first.parse_known_args(words)
+    if known.recipe == "s004" and known.checkpoint != "random":
+        labels = load_encoder(known.checkpoint)[1]["method"] in LABELLED
+        words += ["--recipe", "s004_labels"] * labels
+    args = common.parse_args(parser(), PRESETS, "protocol", "recipe", argv=words)
+    args.checkpoint = str(file_of(args.checkpoint))
+    linear, tuned = args.protocol == "linear", args.protocol == "finetune"
     check(not args.cached or linear, "--cached is for --protocol linear")
-    check(len(args.lr) == 1 or linear, "several --lr are for --protocol linear")
-    tuned = args.protocol == "finetune"
     fits = args.recipe is None or linear or tuned and args.recipe == "s001"
     check(fits, f"--recipe {args.recipe} is for linear; finetune without one is S003's, or s001")
-    check(args.features == "encoder" or not tuned, "--features projector is not for finetune")
-    check(args.pictures or args.map == "pca", "--map is for --pictures")
+    plain = args.features == "encoder"
+    check(plain or not tuned and not args.export, "--features projector is not for that")
     check(args.pictures or not args.compare, "--compare is for --pictures")
-    needed = {"matplotlib": "matplotlib"} if args.pictures else {}
-    needed |= {"sklearn": "scikit-learn"} if args.map == "tsne" else {}
-    for module, name in needed.items():  # hours later would be a bad time to find it missing
-        check(importlib.util.find_spec(module), f"--pictures needs {name}: pip install {name}")
+    there = importlib.util.find_spec("matplotlib")  # hours later would be a bad time to miss it
+    check(there or not args.pictures, "--pictures needs matplotlib: pip install matplotlib")
     for path in args.compare:
         load_encoder(path)
     common.resolve_hardware(args)
@@ -916,7 +901,7 @@ def arguments():
 
 
 def the_encoder(args):
-    """(encoder, info, data) of --checkpoint and --dataset. Fills in args.arch, stem, image_size."""
+    """(encoder, info, data) of --checkpoint and --dataset. Fills in what args say of an encoder."""
     untrained = args.checkpoint == "random"
     if not untrained:  # before the data: the cheaper thing to be wrong about
         encoder, info = load_encoder(args.checkpoint, **vars(args))
@@ -925,25 +910,43 @@ def the_encoder(args):
     if untrained:
         check(args.features == "encoder", "--features projector needs a checkpoint.pt")
         encoder, info = random_encoder(args, data)
-    elif info["assumed"]:
-        if info["stem"] == "small":  # trained on images such as these, most likely
-            like = {"image_size": data.size, "mean": data.mean, "std": data.std}
-            info |= {name: like[name] for name in info["assumed"]}
-        print("assumed:", ", ".join(f"{name} {info[name]}" for name in info["assumed"]))
-    args.image_size, args.arch, args.stem = info["image_size"], info["arch"], info["stem"]
-    if data.train.in_memory and data.size != args.image_size:
-        height, width = data.train.images.shape[2:]
-        cut = "x".join(map(str, common.centre_box(height, width, args.image_size)[2:]))
-        text = f"{data.name}: {width}x{height} pixels, of which the central {cut} are resized "
-        print(text + f"to the {args.image_size} of the encoder")
+    elif info["stem"] == "small":  # trained on images such as these, most likely
+        like = {"image_size": data.size, "mean": data.mean, "std": data.std}
+        info |= {name: like[name] for name in info["assumed"] if name in like}
+    say_assumed(info)
+    for name in ("image_size", "arch", "stem", *STEM[:2]):
+        setattr(args, name, info[name])
+    if data.size != args.image_size:
+        print(f"{data.name}: {data.size} pixels, seen at the {args.image_size} of the encoder")
     data = dataclasses.replace(data.to(args.device), mean=info["mean"], std=info["std"])
     encoder = encoder.to(args.device, memory_format=torch.channels_last).requires_grad_(False)
     return encoder, info, data
 
 
+def say_assumed(info):
+    assumed = info.get("assumed", ())
+    if assumed:
+        print("assumed:", ", ".join(f"{name} {info[name]}" for name in assumed))
+    if "stem_padding" in assumed:
+        print("solo-learn's CIFAR models have --stem-padding 2, and several of STL-10 and Tiny "
+              "ImageNet --stem-max-pool: weights do not show it")  # fmt: skip
+
+
+def export(args):
+    """Writes what was found in a checkpoint as an encoder.pt."""
+    encoder, info = load_encoder(args.checkpoint, **vars(args))
+    check(not Path(args.export).exists(), f"{args.export} is there already")
+    say_assumed(info)
+    saved = {name: info[name] for name in (*ABOUT, *STEM, "method", "dataset", "epoch")}
+    save(saved | {"config": {}, "state_dict": encoder.state_dict()}, Path(args.export))
+    print(f"{args.export}: {info['found']}")
+
+
 def the_images(data, args):
     """(data, kind): with what is held out, and what data.test, which the figures are of, is."""
     fraction, count, kind = args.validation_fraction, len(data.classes), "test"
+    for split in filter(None, (data.train, data.test)):
+        check(split.labels.min() >= 0, f"{data.name}: evaluation needs a label for every image")
     if fraction > 0:
         held, rest = drawn(data.train, fraction, count, args.seed, "validation")
         check(len(held) and len(rest), f"--validation-fraction {fraction} leaves a part empty")
@@ -951,13 +954,10 @@ def the_images(data, args):
         data = dataclasses.replace(data, train=train, test=test)
     none = f"{data.name} has no test split: hold images out with --validation-fraction 0.1"
     check(data.test is not None, none)
-    for name, split in ("training", data.train), (kind, data.test):
-        missing = (split.labels.bincount(minlength=count) == 0).nonzero()[:, 0].tolist()
-        some = ", ".join(str(data.classes[i]) for i in missing[:3]) + ", ..." * (len(missing) > 3)
-        text = f"{data.name}: {len(missing)} of {count} classes have no {name} image: {some}"
-        check(name == kind or not missing, text)
-        if missing:
-            print(text)
+    check(count > 1, f"{data.name} has a single class: nothing to tell apart")
+    missing = (data.train.labels.bincount(minlength=count) == 0).nonzero()[:3, 0].tolist()
+    some = ", ".join(str(data.classes[i]) for i in missing)
+    check(not missing, f"{data.name}: classes without a training image, such as {some}")
     return data, kind
 
 
@@ -976,8 +976,15 @@ def the_file(data, args):
     return path.with_name("_".join(filter(None, words)) + ".json")
 
 
+def save(value, path):
+    with common.atomic_write(path) as file:
+        torch.save(value, file)
+
+
 def main():
     args = arguments()
+    if args.export:
+        return common.on_first(lambda: export(args))
     encoder, info, data = the_encoder(args)
     data, kind = the_images(data, args)
     test, whole = data.test, len(data.train)
@@ -1001,6 +1008,10 @@ def main():
     result |= {"method": info["method"], "epoch": info["epoch"], **common.describe(args)}
     result |= {key: info[key] for key in ("found", "assumed") if key in info}
     common.on_first(lambda: common.write_json(result, file))
+    if measured.classifier:
+        saved = {name: value.cpu() for name, value in measured.classifier.items()}
+        saved |= {"classes": [str(name) for name in data.classes]}
+        common.on_first(lambda: save(saved, file.with_name(f"{file.stem}_classifier.pt")))
     if args.pictures:
         pictures = list(draw_pictures(info, part, test, measured, args))
         common.on_first(lambda: write_pictures(pictures, file.parent))
