@@ -21,7 +21,7 @@ of B images have the variance 1 / B.
 Notation: f -> backbone, projector -> projector, Z -> z1, z2, C -> c, lambda -> off_diag_weight,
 n -> B.
 
-Run:    python barlow_twins.py --dataset cifar10 --epochs 200
+Run:    python barlow_twins.py --dataset cifar10 --epochs 200   (Python 3.10 or newer)
 Result: see README.md, section Results.
 
 Differences

@@ -21,7 +21,7 @@ Target, after every optimiser step:
 
 Notation: f -> backbone, g -> projector, q -> predictor, xi -> target, tau_0 -> ema_decay, N -> B.
 
-Run:    python byol.py --dataset cifar10 --epochs 200
+Run:    python byol.py --dataset cifar10 --epochs 200   (Python 3.10 or newer)
 Result: see README.md, section Results.
 
 Differences

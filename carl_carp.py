@@ -21,7 +21,7 @@ Starts at log K (CARP: log N_B): all prototypes are as likely, views agree by ch
 
 Notation: p -> q1, q2, c -> prototypes, N_P -> num_blocks, N_B = K / N_P, lambda_e -> kl_weight.
 
-Run:    python carl_carp.py --method carl --dataset cifar10 --epochs 200
+Run:    python carl_carp.py --method carl --dataset cifar10 --epochs 200   (Python 3.10 or newer)
 Result: see README.md, section Results.
 
 Differences. Some of S001 does not work as printed; here is what it means.

@@ -532,6 +532,17 @@ def projections(model, views, args) -> dict:
     return {"z": torch.cat(gather(z)).float()}
 
 
+def verdict(entry, baselines):
+    """In plain words what an epoch's figures say is wrong, or nothing."""
+    if entry.get("z_std", entry["h_std"]) < 0.3:
+        return "collapsed to a point: hardly any difference between images"
+    if entry.get("z_rank", entry["h_rank"]) < 6:
+        return "collapsed to a few directions"
+    if entry.get("knn_top1", 1) <= baselines.get("untrained encoder", 0):
+        return "not learning beyond its start: no better than an untrained encoder"
+    return ""
+
+
 def pixels(args):
     """In the place of an encoder, the baseline without a network: what the encoder would see, of at
     most 32 pixels a side."""
@@ -826,7 +837,8 @@ class Run:
         if due or stopping:
             self.save()
         on_first(self.write_log)
-        self.progress.show("  ".join(f"{k} {v:.4g}" for k, v in list(entry.items())[2:]))
+        figures = [f"{name} {value:.4g}" for name, value in list(entry.items())[2:]]
+        self.progress.show("  ".join([*figures, verdict(entry, self.baselines)]).rstrip())
         if stopping and epoch < args.epochs:  # a whole run ends as one
             self.leave(stopping)
         self.progress.begin(epoch + 1)
@@ -1706,7 +1718,13 @@ def set_up(model, args):
 def load_initial(model, args):
     """The weights of --init for the backbone, and for a target that is a copy of it."""
     saved, before = load_file(args.init), copy.deepcopy(model.backbone.state_dict())
+    conv1, maxpool = model.backbone.conv1, model.backbone.maxpool
+    here = {"stem_padding": conv1.padding[0], "stem_relu": True}
+    here["stem_max_pool"] = isinstance(maxpool, nn.MaxPool2d)
     with readable(args.init, f"not an encoder.pt of a {args.arch} with the {args.stem} stem"):
+        for name, value in here.items():  # which weights do not show
+            wrong = f"{args.init} has {name} {saved.get(name)}, which is {value} here"
+            check(saved.get(name, value) == value, wrong)
         for module in model.modules():
             now = module.state_dict()
             if now.keys() == before.keys() and all(torch.equal(now[k], before[k]) for k in now):

@@ -21,7 +21,7 @@ projections (.64: 11 by default): what they vary by is in all directions alike, 
 
 Notation: lambda -> forgetting, alpha -> alpha, eps -> eps, R -> R1, R2, mu -> mu1, mu2, n -> B.
 
-Run:    python corinfomax.py --dataset cifar10 --epochs 200
+Run:    python corinfomax.py --dataset cifar10 --epochs 200   (Python 3.10 or newer)
 Result: see README.md, section Results.
 
 Differences
@@ -211,6 +211,8 @@ def main():
     parser.add_argument("--ablate", choices=("logdet",), help="see it collapse")
     args = common.parse_args(parser, PRESETS)
     data = common.prepare(args, "corinfomax")
+    mps = "--device mps: Apple's GPUs have no float64, which R needs; --device cpu works"
+    common.check(torch.device(args.device).type != "mps", mps)
     backbone = common.resnet(args.arch, args.stem)
     heads, loss = (args.hidden_dim, args.dim), (args.alpha, args.forgetting, args.eps)
     model = CorInfoMax(backbone, *heads, *loss, args.projector_bn, args.ablate)

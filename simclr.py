@@ -20,7 +20,7 @@ Starts at log(2B - 1): to an untrained network all other views are as likely to 
 
 Notation: f -> backbone, g -> projector, h -> h, z -> z, tau -> temperature, N (images) -> B.
 
-Run:    python simclr.py --dataset cifar10 --epochs 200
+Run:    python simclr.py --dataset cifar10 --epochs 200   (Python 3.10 or newer)
 Result: see README.md, section Results.
 
 Differences

@@ -19,7 +19,7 @@ projections the variance v = (1/2 - 1/(2 pi)) / 3 = .114, and two views have not
 
 Notation: lambda -> sim_weight, mu -> var_weight, nu -> cov_weight, n -> B, d -> D, Z -> z1, z2.
 
-Run:    python vicreg.py --dataset cifar10 --epochs 200
+Run:    python vicreg.py --dataset cifar10 --epochs 200   (Python 3.10 or newer)
 Result: see README.md, section Results.
 
 Differences
