@@ -418,7 +418,7 @@ def through(network, views, together):
 
 
 def projections(model, views):
-    head = next(getattr(model, name) for name in ("projector", "head") if hasattr(model, name))
+    head = model.projector or model.head
     return through(nn.Sequential(model.backbone, head), views, model.concat_views)
 
 
@@ -606,7 +606,7 @@ def test_heads():
     """Linear, batch norm, ReLU by their first letters. S003: batch norm for ImageNet alone."""
     heads = {"tcl": "LRL", "simclr": "LBRL", "corinfomax": "LRLRL", "vicreg": "LBRLBRL"}
     for name, letters in heads.items():
-        layers = getattr(build(name), "head" if name == "tcl" else "projector")
+        layers = build(name).projector
         assert "".join(type(layer).__name__[0] for layer in layers) == letters
         assert (layers[-1].bias is None) == (name in ("corinfomax", "vicreg"))
     with_norm = CorInfoMax(Backbone(), 12, 6, batch_norm=True).projector
