@@ -154,7 +154,7 @@ def test_the_front_page_is_short_and_begins_with_a_result():
 
 def test_the_front_page_quotes_the_journal():
     """The headline's figures and commits beside the same method, the others somewhere."""
-    number = r"\d+\.\d+|\b[0-9a-f]{7}\b"
+    number = r"(?<!Python )\b\d+\.\d+|\b[0-9a-f]{7}\b"
     for method, _, _, shapes, cifar10, commits in table_with("kNN on shapes"):
         quoted = zip(["Shapes", "CIFAR-10"], [shapes, cifar10], commits.split(","), strict=True)
         for section, figure, commit in quoted:
