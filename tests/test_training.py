@@ -51,6 +51,7 @@ every_method = pytest.mark.parametrize("method", METHODS, ids=METHODS.values())
 ROOT = Path(__file__).resolve().parent.parent
 CPU = "--device cpu --workers 0 --precision fp32".split()
 TINY = [*CPU, *"--batch-size 16 --stem imagenet --lr 0.1 --knn-every 0 --epochs 1".split()]
+SIGNALS = signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1
 NARROW = "--hidden-dim 16 --dim 8".split()
 
 
@@ -169,7 +170,7 @@ def assert_same_run(out, whole):
 @pytest.fixture(autouse=True)
 def signals():
     """A script that a signal has stopped leaves its handlers, for the process ends."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in SIGNALS}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -238,6 +239,7 @@ def test_files(finished):
         assert picture.format == "PNG" and picture.width > 2 * 32 and picture.height > 2 * 32
         assert len(picture.convert("RGB").getcolors(picture.width * picture.height)) > 100
     config = json.loads((finished.out / "config.json").read_text())
+    assert config["config"].keys() >= {"epochs", "seed", "scaled_lr", "stem"}
     assert config["config"]["epochs"] == 1 and config["torch"] == torch.__version__
     script, *given = finished.script.split()
     words = [f"{script}.py", *map(str, finished.argv), "--out", str(finished.out), *given]
@@ -519,7 +521,7 @@ def slow_clock():
 
 STOPS = [(method, [6]) for method in METHODS]
 STOPS += [("simclr", [4]), ("byol", [8]), ("supcon_tcl", [12])]  # an epoch's last step, the run's
-STOPS += [("simclr", [2, 3, 10]), ("byol", [1, 4, 5]), ("corinfomax", [5, 8])]
+STOPS += [("simclr", [2, 3, 7, 10]), ("byol", [1, 4, 5]), ("corinfomax", [5, 8])]
 STOPS += [(f"{m} --increase-mi {k}", [6]) for m in ("simclr", "byol") for k in common.MI_WEIGHTS]
 STOPS += [("simclr --precision fp16 --optimizer lars", [6]), ("byol --precision fp16", [6])]
 
@@ -530,7 +532,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(script, steps, small, whole, capfd):
     left out then, in the weights, the optimiser, the sums or the log."""
     argv, resume = [*THREE_EPOCHS, "--out", "run"], []
     for i, step in enumerate(steps):
-        number = (signal.SIGTERM, signal.SIGINT)[i % 2]
+        number = SIGNALS[i]
         torch.manual_seed(5 + i)  # a new process would be in another state
         with arriving(step, number):
             status, out, _ = call(script, *argv, *resume)
@@ -653,7 +655,10 @@ REFUSED = [  # flags after those of a run that is all right, perhaps with a scri
     ("--out run --resume --lr 0.5", "was made with --lr 0.1, not 0.5"),
     ("--out run --resume --epochs 4", "was made with --epochs 3, not 4"),
     ("byol --out run --resume", "checkpoint of simclr, not byol"),
+    ("--out run --resume --seed 1", "was made with --seed 0, not 1"),
     ("--out fewer --resume", "made with other data: images 11, not 68"),
+    ("--out other --resume", "made with other data: content 0, not "),
+    ("--out named --resume", "made with other data: classes ['x'], not ['a', 'b', 'c', 'd']"),
     ("--out weights --resume", "does not fit"),
     ("--out list --resume", "does not fit"),
     ("--out counted --resume", "does not fit"),
@@ -663,6 +668,8 @@ REFUSED = [  # flags after those of a run that is all right, perhaps with a scri
 ]
 STRANGE = {  # folders with another checkpoint
     "fewer": lambda saved: saved | {"data": saved["data"] | {"images": 11}},
+    "other": lambda saved: saved | {"data": saved["data"] | {"content": 0}},
+    "named": lambda saved: saved | {"data": saved["data"] | {"classes": ["x"]}},
     "counted": lambda saved: saved | {"step": {"a": 1}},
     "weights": lambda saved: saved | {"model": {"weight": torch.zeros(2)}},
     "list": lambda saved: [1, 2],
