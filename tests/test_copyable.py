@@ -49,10 +49,11 @@ def cut_out(path, name):
 
 
 def global_names(code):
-    """The global names that a code object and those inside it look up."""
-    names = {i.argval for i in dis.get_instructions(code) if i.opname == "LOAD_GLOBAL"}
+    """The names from outside that a code object, or one inside it, looks up."""
+    loads = [x for x in dis.get_instructions(code) if x.opname in ("LOAD_GLOBAL", "LOAD_NAME")]
     inner = [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
-    return names.union(*map(global_names, inner))
+    names = {load.argval for load in loads}.union(*map(global_names, inner))
+    return names - set(dir(builtins))
 
 
 def call(function):
@@ -78,7 +79,7 @@ def test_losses_need_only_torch(path):
         loss = namespace[name]
         members = vars(loss).values() if isinstance(loss, type) else [loss]
         for function in filter(inspect.isfunction, members):
-            missing = global_names(function.__code__) - namespace.keys() - set(dir(builtins))
+            missing = global_names(function.__code__) - namespace.keys()
             assert not missing, f"{name} needs {sorted(missing)}"
         value = call(call(loss).forward) if isinstance(loss, type) else call(loss)
         for scalar in value if isinstance(value, tuple) else [value]:

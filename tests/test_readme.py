@@ -2,18 +2,16 @@
 
 import argparse
 import ast
-import builtins
-import dis
 import functools
 import importlib
 import re
 import shlex
 import sys
-import types
 from pathlib import Path
 from unittest import mock
 
 import pytest
+from test_copyable import global_names
 
 import common
 
@@ -166,14 +164,6 @@ def test_the_front_page_quotes_the_journal():
     for _, published, *_ in table_with("published"):
         assert all(x in SECTIONS["What others report"] for x in published.split(", ")), published
     assert set(re.findall(number, FRONT)) <= set(re.findall(number, JOURNAL))
-
-
-def global_names(code):
-    """The names from outside that a code object, or one inside it, looks up."""
-    loads = [x for x in dis.get_instructions(code) if x.opname in ("LOAD_GLOBAL", "LOAD_NAME")]
-    inner = [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
-    names = {load.argval for load in loads}.union(*map(global_names, inner))
-    return names - set(dir(builtins))
 
 
 def test_what_may_be_copied_is_whole():

@@ -131,7 +131,7 @@ def test_packed_files(ground):
 
 def test_checkpoints_and_encoders(ground):
     """To go on from, and to evaluate."""
-    rng, accepted = random.Random(2), 0
+    rng, accepted = random.Random(5), 0
     saved = {name: Path("run", name) for name in ("checkpoint.pt", "encoder.pt")}
     whole = {name: common.load_file(path) for name, path in saved.items()}
     for case, name in zip(range(24), itertools.cycle(saved), strict=False):
