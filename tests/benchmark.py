@@ -30,7 +30,6 @@ from unittest import mock
 
 import torch
 import torchvision.transforms as T
-from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common  # noqa: E402
@@ -196,34 +195,17 @@ def times(slow, fast):
     return statistics.median(a / b for a, b in pairs)
 
 
-def table(found, args, images, flops):
+def table(found, args, images):
     """Print what was measured, and add to it what follows."""
     base, *_ = found.values()
-    print(f"\n{'':17} ms/step       quartiles   img/s s/epoch  more than first  TFLOP/s")
+    print(f"\n{'':17} ms/step       quartiles   img/s s/epoch  more than first")
     for name, row in found.items():
         low, median, high = statistics.quantiles(row["ms_blocks"], n=4)
         rate, over = 1e3 * args.batch_size / median, 100 * (times(row, base) - 1)
         row |= {"ms": median, "images_per_second": rate, "percent_over_base": over}
-        row |= {"seconds_per_epoch": images / rate, "tflops": flops * rate / 1e12}
+        row["seconds_per_epoch"] = images / rate
         text = f"{name:17}{median:8.1f}{low:8.1f}-{high:7.1f}{rate:8.0f}{images / rate:8.1f}"
-        print(text + f"{over:+16.1f}%{row['tflops']:9.2f}" * (name != "views"))
-
-
-def matmul_tflops(args):
-    """What this machine reaches in large matrix products."""
-    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-    n = 8192 if args.device.startswith("cuda") else 2048
-    a, b = torch.randn(2, n, n, device=args.device).to(dtypes[args.precision])
-    found = measure({"matmul": lambda: a @ b}, args)
-    return 2 * n**3 / min(found["matmul"]["ms_blocks"]) / 1e9
-
-
-def flops(model, size):
-    """Of forward and backward, for an image with its two views."""
-    model, views = copy.deepcopy(model).cpu(), [torch.randn(2, 3, size, size) for _ in range(2)]
-    with FlopCounterMode(display=False) as counter:
-        model(views, torch.arange(2))[0].backward()
-    return counter.get_total_flops() / 2
+        print(text + f"{over:+16.1f}%" * (name != "views"))
 
 
 def read_arguments():
@@ -247,11 +229,9 @@ def main():
     common.check(run.views == 2, f"--views {run.views}: the benchmark is for two views")
     run.blocks, run.steps = args.blocks, args.steps or (20 if run.device.startswith("cuda") else 2)
     result = common.describe(run)  # the commit now, not the one at the end
-    result |= {"matmul_tflops": matmul_tflops(run), "flops": flops(model, run.image_size)}
-    print(f"{result['matmul_tflops']:.2f} TFLOP/s in matrix products")
     for group in args.groups:
         found = measure(timed(group, model, data, recipes, run, argv), run)
-        table(found, run, len(data.pretrain), result["flops"] * (group != "methods"))
+        table(found, run, len(data.pretrain))
         result[group] = found
         if group == "data":
             names = "pil 0", f"pil {run.workers}", "usual", "plain"

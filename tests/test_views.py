@@ -9,14 +9,11 @@ import pytest
 import torch
 import torchvision
 import torchvision.transforms.functional as TF
+from test_common import rng
 
 import carl_carp
 import common
 from common import Recipe
-
-
-def rng(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def uniform(low, high, *shape, seed=0):

@@ -22,7 +22,6 @@ def test_every_arm_is_measured(small):  # noqa: F811
     arms = {"cached", "real", "views", "pil 0", "pil 1", "usual", "plain"}
     assert arms <= found["data"].keys() and len(found["ladder"]) == 5
     assert len(found["methods"]) == 9 and found["torch"] == torch.__version__
-    assert found["matmul_tflops"] > 0 and found["flops"] > 0
     for group, base in ("data", "cached"), ("ladder", "cached"), ("methods", "simclr"):
         assert found[group][base]["percent_over_base"] == 0
         for name, row in found[group].items():
@@ -61,6 +60,3 @@ def test_it_compares_what_it_says(folder):  # noqa: F811
     theirs = torch.cat(benchmark.pillow_views(data.pretrain.images, transform))
     assert theirs.mean().item() == pytest.approx(ours.mean().item(), abs=0.05)
     assert theirs.std().item() == pytest.approx(ours.std().item(), rel=0.03)
-    resnet18 = common.resnet("resnet18", "small")
-    counted = benchmark.flops(benchmark.importlib.import_module("simclr").SimCLR(resnet18), 32)
-    assert counted == pytest.approx(6.66e9, rel=0.01)  # counted by hand: 3.33 GFLOP for a view
