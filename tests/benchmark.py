@@ -40,17 +40,21 @@ METHODS |= {"carp": "carl_carp --method carp", "corinfomax": "corinfomax"}
 GROUPS = "data", "ladder", "methods"
 
 
-def build(name, argv):
-    """(model, data, recipes, args) as METHOD.py makes them: its main, stopped before training."""
-    script, *flags = METHODS[name].split()
-    made = []
+def built(script, *argv):
+    """(method, model, data, recipes, args): what a script hands to common.train."""
+    script, *given = script.split()
     with (
-        mock.patch.object(common, "train", lambda *what: made.extend(what)),
-        mock.patch.object(sys, "argv", [f"{script}.py", *argv, *flags]),
+        mock.patch.object(common, "train") as train,
+        mock.patch.object(sys, "argv", [f"{script}.py", *map(str, argv), *given]),
         contextlib.redirect_stdout(io.StringIO()),
     ):
         importlib.import_module(script).main()
-    _, model, data, recipes, args = made
+    return train.call_args.args
+
+
+def build(name, argv):
+    """(model, data, recipes, args) of a method, the model on its device."""
+    _, model, data, recipes, args = built(METHODS[name], *argv)
     common.check(data.pretrain.in_memory, f"{args.dataset}: its images do not fit in memory")
     return common.set_up(model, args), data, recipes, args
 
