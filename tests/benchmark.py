@@ -3,9 +3,9 @@
 
     python tests/benchmark.py --dataset cifar10 --batch-size 256 --json benchmark.json
 
-The arms take turns, each time in another order, in blocks of a few steps, so that a machine that
-slows down does so for all. A figure is the median over blocks with its quartiles, a comparison the
-median of the blocks' ratios. Flags other than its own go to simclr.py.
+What is timed takes turns, each time in another order, in blocks of a few steps, so that a machine
+that slows down does so for all. A figure is the median over blocks with its quartiles, a comparison
+the median of the blocks' ratios. Flags other than its own go to simclr.py.
 
 data     SimCLR's step on views that are there already (cached) or fed by the training pipeline
          (real); the pipeline alone (views); the step fed by torchvision's transforms on PIL images
@@ -13,7 +13,6 @@ data     SimCLR's step on views that are there already (cached) or fed by the tr
          (usual) or in fp32 (plain)
 ladder   the cached step with one thing taken away
 methods  the cached step of each method, with its preset for the dataset and this batch size
-accuracy (not by default) kNN after --epochs of SimCLR on views of ours and of torchvision's
 """
 
 import contextlib
@@ -22,18 +21,15 @@ import functools
 import importlib
 import io
 import itertools
-import math
 import random
 import statistics
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from unittest import mock
 
 import torch
 import torchvision.transforms as T
-from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common  # noqa: E402
@@ -41,20 +37,24 @@ import common  # noqa: E402
 METHODS = {name: name for name in ("simclr", "byol", "barlow_twins", "vicreg")}
 METHODS |= {"supcon": "supcon_tcl", "tcl": "supcon_tcl --loss tcl", "carl": "carl_carp"}
 METHODS |= {"carp": "carl_carp --method carp", "corinfomax": "corinfomax"}
-GROUPS = "data", "ladder", "methods", "accuracy"
+GROUPS = "data", "ladder", "methods"
 
 
-def build(name, argv):
-    """(model, data, recipes, args) as METHOD.py makes them: its main, stopped before training."""
-    script, *flags = METHODS[name].split()
-    made = []
+def built(script, *argv):
+    """(method, model, data, recipes, args): what a script hands to common.train."""
+    script, *given = script.split()
     with (
-        mock.patch.object(common, "train", lambda *what: made.extend(what)),
-        mock.patch.object(sys, "argv", [f"{script}.py", *argv, *flags]),
+        mock.patch.object(common, "train") as train,
+        mock.patch.object(sys, "argv", [f"{script}.py", *map(str, argv), *given]),
         contextlib.redirect_stdout(io.StringIO()),
     ):
         importlib.import_module(script).main()
-    _, model, data, recipes, args = made
+    return train.call_args.args
+
+
+def build(name, argv):
+    """(model, data, recipes, args) of a method, the model on its device."""
+    _, model, data, recipes, args = built(METHODS[name], *argv)
     common.check(data.pretrain.in_memory, f"{args.dataset}: its images do not fit in memory")
     return common.set_up(model, args), data, recipes, args
 
@@ -93,47 +93,32 @@ class Step:
             loss.item()
 
 
-def torchvision_transform(recipe, size, data):
+def torchvision_transform(recipe, size, mean, std):
     """simclr.py's recipe as torchvision has it."""
     crop = T.RandomResizedCrop(size, recipe.scale, interpolation=T.InterpolationMode.BICUBIC)
     jitter = T.RandomApply([T.ColorJitter(*recipe.jitter)], recipe.jitter_p)
     blur = T.RandomApply([T.GaussianBlur(2 * (size // 20) + 1, (0.1, 2.0))], recipe.blur_p)
     some = [crop, T.RandomHorizontalFlip(), jitter, T.RandomGrayscale(recipe.gray_p)]
     some += [blur] if recipe.blur_p else []
-    return T.Compose([*some, T.ToTensor(), T.Normalize(data.mean, data.std)])
+    return T.Compose([*some, T.ToTensor(), T.Normalize(mean, std)])
 
 
-class PillowViews(torch.utils.data.Dataset):
-    """Two views the usual way: one PIL image at a time, in worker processes."""
-
-    def __init__(self, data, transform):
-        self.images, self.transform = data.pretrain.images.cpu(), transform
-
-    def __len__(self):
-        return len(self.images)
-
-    def __getitem__(self, index):
-        image = T.functional.to_pil_image(self.images[index])
-        return self.transform(image), self.transform(image)
-
-    def loader(self, args, workers):
-        how = {"batch_size": args.batch_size, "num_workers": workers, "drop_last": True}
-        how |= {"shuffle": True, "pin_memory": args.device != "cpu"}
-        return torch.utils.data.DataLoader(self, **how)
-
-
-def forever(make):
-    while True:
-        yield from make()
+def pillow_views(images, transform):
+    """Two views of each the usual way: one PIL image at a time."""
+    images = [T.functional.to_pil_image(image) for image in images]
+    return [torch.stack([transform(image) for image in images]) for _ in range(2)]
 
 
 class FedByLoader:
     """A step whose views come from a DataLoader. Its workers live for its turn alone, so that no
-    other arm feels them; what they prefetch before the clock starts is not counted."""
+    other is slowed by them; what they prefetch before the clock starts is not counted."""
 
-    def __init__(self, step, source, workers):
+    def __init__(self, step, images, transform, workers):
         self.step, self.workers = step, workers
-        self.loader = source.loader(step.args, workers)
+        how = {"batch_size": step.args.batch_size, "shuffle": True, "drop_last": True}
+        how |= {"num_workers": workers, "pin_memory": step.args.device != "cpu"}
+        views = functools.partial(pillow_views, transform=transform)
+        self.loader = torch.utils.data.DataLoader(images.cpu(), collate_fn=views, **how)
 
     def begin(self):
         self.batches = forever(lambda: self.loader)
@@ -147,168 +132,98 @@ class FedByLoader:
         del self.batches
 
 
-USUAL = "channels_last", "one pass", "fused", "compile", "no waiting"  # what it does without
+def forever(make):
+    while True:
+        yield from make()
 
 
-def data_arms(model, data, recipes, args):
+def timed(group, model, data, recipes, args, argv):
+    """{name: what is timed, called without arguments}; the first is what the others are compared
+    with."""
+    step, counter = Step(model, args), itertools.count()
     augment = common.Augment(recipes, args.image_size, data.mean, data.std, args.device)
     augment.apply = common.compiled(augment.apply, args)
     source = forever(lambda: common.training_batches(data.pretrain, 1, args, recipes))
-    counter, step = itertools.count(), Step(model, args)
 
     def views():
         images, _ = next(source)
         return augment(images, common.generator(0, "augment", next(counter), args.device))
 
     still = [x.clone() for x in views()]
-    arms = {"cached": lambda: step(still), "real": lambda: step(views()), "views": views}
-    pil = PillowViews(data, torchvision_transform(recipes[0], args.image_size, data))
-    for workers in sorted({0, 1, args.workers}):
-        arms[f"pil {workers}"] = FedByLoader(step, pil, workers)
-    arms["usual"] = FedByLoader(Step(model, args, *USUAL), pil, args.workers)
-    plain = Step(model, args, *USUAL, "half precision")
-    return arms | {"plain": FedByLoader(plain, pil, args.workers)}
+    cached = {"cached": functools.partial(step, still)}
+    if group == "methods":
+        built = {name: build(name, argv) for name in METHODS}
+        steps = {name: Step(model, args) for name, (model, _, _, args) in built.items()}
+        return {name: functools.partial(step, still) for name, step in steps.items()}
+    if group == "ladder":
+        taken = ["half precision", "channels_last", "one pass"]
+        taken += ["fused"] if args.optimizer != "lars" else []  # ours is always the same
+        taken += ["compile"] if args.compile else []
+        return cached | {f"- {x}": functools.partial(Step(model, args, x), still) for x in taken}
+    usual = "channels_last", "one pass", "fused", "compile", "no waiting"  # what it does without
+    usual, plain = Step(model, args, *usual), Step(model, args, *usual, "half precision")
+    loaders = {f"pil {n}": (step, n) for n in sorted({0, 1, args.workers})}
+    loaders |= {"usual": (usual, args.workers), "plain": (plain, args.workers)}
+    transform = torchvision_transform(recipes[0], args.image_size, data.mean, data.std)
+    pil = functools.partial(FedByLoader, images=data.pretrain.images, transform=transform)
+    loaders = {name: pil(step, workers=n) for name, (step, n) in loaders.items()}
+    return cached | {"real": lambda: step(views()), "views": views} | loaders
 
 
-def ladder_arms(model, views, args):
-    taken = ["half precision", "channels_last", "one pass"]
-    taken += ["fused"] if args.optimizer != "lars" else []  # ours is always the same
-    taken += ["compile"] if args.compile else []
-    steps = {"cached": Step(model, args)} | {f"- {x}": Step(model, args, x) for x in taken}
-    laid_out = {s.layout: [x.to(memory_format=s.layout) for x in views] for s in steps.values()}
-    return {name: functools.partial(step, laid_out[step.layout]) for name, step in steps.items()}
-
-
-def method_arms(views, argv):
-    built = {name: build(name, argv) for name in METHODS}
-    steps = {name: Step(model, args) for name, (model, _, _, args) in built.items()}
-    return {name: functools.partial(step, views) for name, step in steps.items()}
-
-
-def accuracy(argv, seeds):
-    """{pipeline: [kNN accuracy for each seed]} of SimCLR after --epochs, fed by either pipeline."""
-    found = {"ours": [], "torchvision": []}
-    for seed, (name, values) in itertools.product(range(seeds), found.items()):
-        model, data, recipes, args = build("simclr", [*argv, "--seed", str(seed)])
-        step, steps, done = Step(model, args), len(data.pretrain) // args.batch_size, 0
-        augment = common.Augment(recipes, args.image_size, data.mean, data.std, args.device)
-        theirs = PillowViews(data, torchvision_transform(recipes[0], args.image_size, data))
-        torch.manual_seed(seed)
-        for epoch in range(1, args.epochs + 1):
-            ours = common.training_batches(data.pretrain, epoch, args, recipes)
-            for batch in ours if name == "ours" else theirs.loader(args, args.workers):
-                total, warmup = args.epochs * steps, args.warmup_epochs * steps
-                for group in step.optimizer.param_groups:
-                    group["lr"] = common.learning_rate(done, total, warmup, args.scaled_lr)
-                rng = common.generator(seed, "augment", done, args.device)
-                step(augment(batch[0], rng) if name == "ours" else batch)
-                done += 1
-        values.append(common.knn_monitor(step.model.backbone, data, args))
-        print(f"seed {seed}, {name}: kNN {values[-1]:.1%}", flush=True)
-    differences = [a - b for a, b in zip(*found.values(), strict=True)]
-    error = statistics.stdev(differences) / seeds**0.5 if seeds > 1 else math.nan
-    print(f"ours - torchvision: {statistics.mean(differences):+.1%}, standard error {error:.1%}")
-    return found
-
-
-def measure(arms, args):
-    """{name: {"ms_blocks": [milliseconds of a step in each block], ...}}. Before the first block
-    each arm warms up, with compilation: `warmup_seconds`. `peak_gb`, on a GPU: of its steps alone.
-    """
-    found = {name: {"ms_blocks": []} for name in arms}
-    device, cuda = torch.device(args.device), args.device.startswith("cuda")
-    wait = functools.partial(torch.cuda.synchronize, device) if cuda else lambda: None
+def measure(functions, args):
+    """{name: {"ms_blocks": [milliseconds of a call in each block]}}. A block before the first, in
+    which graphs are compiled, is not counted."""
+    found = {name: {"ms_blocks": []} for name in functions}
+    wait = torch.cuda.synchronize if args.device.startswith("cuda") else lambda: None
     for block in range(args.blocks + 1):
-        for name in random.Random(block).sample(list(arms), len(arms)):
-            arm, row = arms[name], found[name]
-            repeats = max(args.steps, 4 * getattr(arm, "workers", 0)) if block else 3
+        for name in random.Random(block).sample(list(functions), len(functions)):
+            function = functions[name]
+            repeats = max(args.steps, 4 * getattr(function, "workers", 0)) if block else 3
             repeats *= 100 if name == "views" else 1  # it is short: the rate that it can keep up
-            getattr(arm, "begin", lambda: None)()
-            if cuda:
-                torch.cuda.reset_peak_memory_stats(device)
-                before = torch.cuda.memory_allocated(device)
+            getattr(function, "begin", lambda: None)()
             wait()
             start = time.perf_counter()
             for _ in range(repeats):
-                arm()
+                function()
             wait()
-            seconds = time.perf_counter() - start
-            getattr(arm, "end", lambda: None)()
-            if cuda:
-                row["peak_gb"] = (torch.cuda.max_memory_allocated(device) - before) / 1e9
             if block:
-                row["ms_blocks"].append(1e3 * seconds / repeats)
-            else:
-                row["warmup_seconds"] = seconds
+                seconds = time.perf_counter() - start
+                found[name]["ms_blocks"].append(1e3 * seconds / repeats)
+            getattr(function, "end", lambda: None)()
     return found
 
 
-def ceilings(args):
-    """What this machine reaches: TFLOP/s of a large matrix product, GB/s of a large copy."""
-    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-    n, megabytes = (8192, 1024) if args.device.startswith("cuda") else (2048, 256)
-    a, b = torch.randn(2, n, n, device=args.device).to(dtypes[args.precision])
-    source = torch.ones(megabytes * 2**20, dtype=torch.uint8, device=args.device)
-    target = torch.empty_like(source)
-    arms = {"matmul": lambda: a @ b, "copy": lambda: target.copy_(source)}
-    found = measure(arms, SimpleNamespace(device=args.device, blocks=5, steps=5))
-    product, copied = (min(found[name]["ms_blocks"]) for name in arms)
-    rates = {"matmul_tflops": 2 * n**3 / product / 1e9}
-    return rates | {"copy_gb_per_s": 2 * source.numel() / copied / 1e6}
-
-
-def flops(model, size):
-    """Of forward and backward, for an image with its two views."""
-    model, views = copy.deepcopy(model).cpu(), [torch.randn(2, 3, size, size) for _ in range(2)]
-    with FlopCounterMode(display=False) as counter:
-        model(views, torch.arange(2))[0].backward()
-    return counter.get_total_flops() / 2
-
-
 def times(slow, fast):
-    """How many times as long an arm takes as another: the median over the blocks."""
+    """How many times as long one takes as another: the median over the blocks."""
     pairs = zip(slow["ms_blocks"], fast["ms_blocks"], strict=True)
     return statistics.median(a / b for a, b in pairs)
 
 
-def table(found, base, args, images, per_image=0, ceiling=1):
-    """Print the arms of a group and add to each what follows from its blocks."""
-    print(f"\n{'arm':17} ms/step       quartiles   img/s s/epoch  over {base:8} TFLOP/s  peak GB")
+def table(found, args, images):
+    """Print what was measured, and add to it what follows."""
+    base, *_ = found.values()
+    print(f"\n{'':17} ms/step       quartiles   img/s s/epoch  more than first")
     for name, row in found.items():
         low, median, high = statistics.quantiles(row["ms_blocks"], n=4)
-        rate, over = 1e3 * args.batch_size / median, 100 * (times(row, found[base]) - 1)
+        rate, over = 1e3 * args.batch_size / median, 100 * (times(row, base) - 1)
         row |= {"ms": median, "images_per_second": rate, "percent_over_base": over}
-        row |= {"seconds_per_epoch": images / rate, "tflops": per_image * rate / 1e12}
-        row["share_of_ceiling"] = row["tflops"] / ceiling
+        row["seconds_per_epoch"] = images / rate
         text = f"{name:17}{median:8.1f}{low:8.1f}-{high:7.1f}{rate:8.0f}{images / rate:8.1f}"
-        text += f"{over:+13.1f}%{row['tflops']:8.2f}" if name != "views" else ""
-        print(text + (f"{row['peak_gb']:9.1f}" if "peak_gb" in row else ""))
-    return found
-
-
-def knn_cost(model, data, args, seconds_per_epoch):
-    """Seconds of a kNN figure, and the share that it has of a run with one every --knn-every."""
-    for _ in range(2 if args.device.startswith("cuda") else 1):  # there the first one is slow
-        start = time.perf_counter()
-        common.knn_monitor(model.backbone, data, args)  # reads its figure back, so it has waited
-        seconds = time.perf_counter() - start
-    share = seconds / (max(args.knn_every, 1) * seconds_per_epoch)
-    print(f"\na kNN figure: {seconds:.1f} s, {share:.1%} of a run")
-    return {"seconds": seconds, "share": share}
+        print(text + f"{over:+16.1f}%" * (name != "views"))
 
 
 def read_arguments():
     """The benchmark's own flags, and the command line that simclr.py gets."""
     parser, own = common.base_parser(__doc__), common.Parser("Its own flags.")
     for p in parser, own:
-        p.add_argument("--blocks", type=common.number(int, 2), default=7, help="of each arm")
+        p.add_argument("--blocks", type=common.number(int, 2), default=7, help="of each")
         p.add_argument("--steps", type=common.count, help="in a block (default: 20 on a GPU or 2)")
-        p.add_argument("--groups", default="data,ladder,methods", help=f"of {', '.join(GROUPS)}")
-        p.add_argument("--seeds", type=common.count, default=3, help="of the accuracy")
+        p.add_argument("--groups", default=",".join(GROUPS), help="some of these")
         p.add_argument("--json", help="file to write the figures to")
     args = parser.parse_args()
-    wrong = f"--groups {args.groups}: expected some of {', '.join(GROUPS)}"
-    common.check(set(args.groups.split(",")) <= set(GROUPS), wrong)
+    args.groups = args.groups.split(",")
+    wrong = f"--groups: expected some of {', '.join(GROUPS)}"
+    common.check(set(args.groups) <= set(GROUPS), wrong)
     return args, ["--batch-size", "256", *own.parse_known_args()[1]]
 
 
@@ -317,31 +232,17 @@ def main():
     model, data, recipes, run = build("simclr", argv)
     common.check(run.views == 2, f"--views {run.views}: the benchmark is for two views")
     run.blocks, run.steps = args.blocks, args.steps or (20 if run.device.startswith("cuda") else 2)
-    about = common.describe(run)  # the commit now, not the one at the end
-    augment = common.Augment(recipes, run.image_size, data.mean, data.std, run.device)
-    images = data.pretrain.images[: run.batch_size]
-    views = [x.clone() for x in augment(images, common.generator(0, "augment", 0, run.device))]
-    result = {"ceilings": ceilings(run), "flops_per_image": flops(model, run.image_size)}
-    ceiling, per_image = result["ceilings"]["matmul_tflops"], result["flops_per_image"]
-    print(f"{ceiling:.2f} TFLOP/s in matrix products, {per_image / 1e9:.2f} GFLOP an image")
-    show = functools.partial(table, args=run, images=len(data.pretrain))
-    work = {"per_image": per_image, "ceiling": ceiling}
-    if "accuracy" in args.groups:
-        result["accuracy"] = accuracy(argv, args.seeds)
-    if "data" in args.groups:
-        found = show(measure(data_arms(model, data, recipes, run), run), "cached", **work)
-        names = "pil 0", f"pil {run.workers}", "usual", "plain"
-        result["times_real"] = {name: times(found[name], found["real"]) for name in names}
-        print("times as long as real:", result["times_real"])
-        if data.test is not None:
-            result["knn"] = knn_cost(model, data, run, found["real"]["seconds_per_epoch"])
-        result["data"] = found
-    if "ladder" in args.groups:
-        result["ladder"] = show(measure(ladder_arms(model, views, run), run), "cached", **work)
-    if "methods" in args.groups:
-        result["methods"] = show(measure(method_arms(views, argv), run), "simclr")
+    result = common.describe(run)  # the commit now, not the one at the end
+    for group in args.groups:
+        found = measure(timed(group, model, data, recipes, run, argv), run)
+        table(found, run, len(data.pretrain))
+        result[group] = found
+        if group == "data":
+            names = "pil 0", f"pil {run.workers}", "usual", "plain"
+            result["times_real"] = {name: times(found[name], found["real"]) for name in names}
+            print("times as long as real:", result["times_real"])
     if args.json:
-        common.write_json(result | about, args.json)
+        common.write_json(result, args.json)
 
 
 if __name__ == "__main__":

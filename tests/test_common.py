@@ -1,31 +1,23 @@
-"""common.py but for its views: schedule and optimisers against their equations, ResNets against
-torchvision's, neighbours and collapse figures against their definitions, datasets written here with
-other libraries, files, presets, and which datasets are refused."""
+"""common.py but for its views and data: schedule and optimisers against their equations, ResNets
+against torchvision's, neighbours and collapse figures against their definitions, files, presets."""
 
-import functools
 import importlib
-import itertools
 import math
 import os
 import re
-import shutil
-import zlib
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
-import numpy as np
 import pytest
 import torch
 import torchvision
 import torchvision.transforms.functional as TF
-from PIL import Image
 from torch import nn
 
 import common
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.25, 0.2, 0.3)
-MIXED = [(40, 60), (50, 50), (64, 40)]  # sizes of images that stay on disk
 METHODS = "simclr byol barlow_twins vicreg supcon_tcl carl_carp corinfomax".split()
 
 
@@ -198,13 +190,23 @@ def test_top_accuracies_by_hand():
     assert common.top_accuracies(few, torch.tensor([0, 0])) == (0.5, 1.0)
 
 
-@pytest.mark.parametrize("wanted, size, k", [(200, 1000, 50), (20, 1000, 20), (200, 15, 1)])
-def test_neighbours_are_at_most_half_of_one_of_ten_classes(wanted, size, k):
-    bank = common.Split(torch.randn(size, 4, generator=rng(0)), torch.arange(size) % 10)
-    test = common.Split(torch.randn(30, 4, generator=rng(1)), torch.arange(30) % 10)
+NEIGHBOURS = [  # --knn-k, images of each class in the bank, how many vote
+    (200, [100] * 10, 50),
+    (20, [100] * 10, 20),
+    (200, [2] * 5 + [1] * 5, 1),
+    (200, [90, 6], 3),
+    (200, [0, 90, 6], 3),
+]
+
+
+@pytest.mark.parametrize("wanted, counts, k", NEIGHBOURS)
+def test_neighbours_are_at_most_half_of_the_smallest_class(wanted, counts, k):
+    labels = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+    bank = common.Split(torch.randn(len(labels), 4, generator=rng(0)), labels)
+    test = common.Split(torch.randn(30, 4, generator=rng(1)), None)
     args = SimpleNamespace(knn_k=wanted, knn_temperature=0.1)
     votes, used = common.knn_votes(bank, test, 10, args)
-    expected = common.knn_scores(bank.images, bank.labels, test.images, 10, k, 0.1)
+    expected = common.knn_scores(bank.images, labels, test.images, 10, k, 0.1)
     assert used == k and torch.equal(votes, expected)
 
 
@@ -271,309 +273,6 @@ def test_atomic_write(tmp_path, monkeypatch):
         file.write(b"newer")
         raise RuntimeError  # how torch.save says that the disk is full
     assert tree(tmp_path) == {path: b"new", previous: b"old"}
-
-
-# --------------------------------------------------------------------------------------------------
-# Datasets: packed files, folders, and the layouts in which they are published
-
-
-def load(root, name):
-    return common.load_dataset(str(root / name))
-
-
-@pytest.mark.parametrize("channels", [1, 3])
-def test_packed_file(tmp_path, toy, channels):
-    saved = toy()
-    saved["train"]["images"][:, 2] = 0  # a black channel, whose deviation would divide by 0
-    for key in "train", "test":
-        saved[key]["images"] = saved[key]["images"][:, :channels].clone()
-    torch.save(saved, tmp_path / "mine.pt")
-    data = load(tmp_path, "mine.pt")
-    assert (data.name, data.classes, data.size) == ("mine", list("abcd"), 16)
-    for split, key in (data.train, "train"), (data.test, "test"), (data.pretrain, "train"):
-        assert torch.equal(split.labels, saved[key]["labels"])
-        assert torch.equal(split.images, saved[key]["images"].expand(-1, 3, -1, -1))
-    values = data.train.images.numpy().astype(np.float64) / 255
-    np.testing.assert_allclose(data.mean, values.mean((0, 2, 3)), rtol=1e-12)
-    np.testing.assert_allclose(data.std, values.std((0, 2, 3)).clip(1 / 255), rtol=1e-12)
-
-
-def test_unlabeled_images_are_for_pretraining_only(tmp_path, toy):
-    saved = toy() | {"unlabeled": {"images": noise_bytes(7, 16)}}
-    torch.save(saved, tmp_path / "more.pt")
-    loaded = load(tmp_path, "more.pt")
-    both = torch.cat([saved["train"]["images"], saved["unlabeled"]["images"]])
-    for data in loaded, loaded.to("cpu"):
-        assert torch.equal(data.pretrain.images, both) and torch.equal(data.train.images, both[:64])
-        assert data.pretrain.labels[64:].eq(-1).all() and data.train.labels.ge(0).all()
-
-
-@pytest.mark.parametrize("images", [torch.arange(40), [f"{i}.png" for i in range(40)]])
-def test_spread_takes_every_class_of_a_sorted_split(images):
-    split = common.Split(images, torch.arange(40) // 4)
-    some = split.spread(10)
-    assert list(some.images) == list(images[::4]) and some.labels.tolist() == list(range(10))
-    assert [len(split.spread(count)) for count in (7, 0, 40, 99)] == [7, 40, 40, 40]
-
-
-def save_image(path, pixels):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    TF.to_pil_image(pixels).save(path)
-
-
-def save_folder(root, split, sizes, inside=""):
-    """PNG images in ImageFolder layout, one per size in each class. Returns their pixels."""
-    held = []
-    for name, (i, size) in itertools.product(("cat", "dog"), enumerate(sizes)):
-        held += noise_bytes(1, *size, seed=zlib.crc32(f"{split} {name} {i}".encode()))
-        save_image(root / split / name / inside / f"{i}.png", held[-1])
-    (root / split / "cat" / inside / "notes.txt").write_text("not an image")
-    return held
-
-
-def save_pets(root, sizes):
-    save_folder(root, "train", sizes)
-    save_folder(root, "test", sizes)
-
-
-@pytest.mark.parametrize("folders", [["test"], ["val"], ["val", "test"], ["val", "hidden"], []])
-def test_folder_of_equal_sizes_is_held_in_memory(tmp_path, folders):
-    """hidden: a test/ without classes, as ImageNet's, whose labels nobody has."""
-    root, hidden = tmp_path / "pets", "hidden" in folders
-    splits = {"train", *folders} - {"hidden"}
-    held = {name: save_folder(root, name, [(12, 16)] * 3, inside="a/b") for name in splits}
-    if hidden:
-        save_image(root / "test" / "0.png", noise_bytes(1, 12)[0])
-    data = load(tmp_path, "pets")
-    assert (data.name, data.classes, data.size) == ("pets", ["cat", "dog"], 12)
-    assert torch.equal(data.train.images, torch.stack(held["train"]))
-    assert data.train.labels.tolist() == [0, 0, 0, 1, 1, 1]
-    if folders:
-        test = "test" if "test" in folders else "val"
-        assert torch.equal(data.test.images, torch.stack(held[test]))
-    else:
-        assert data.test is None and data.to("cpu").test is None
-
-
-@pytest.mark.parametrize("name", ["pets", "imagenette"])
-def test_folder_of_mixed_sizes_is_streamed(tmp_path, name):
-    save_pets(tmp_path / name, MIXED)
-    known = name in common.DATASETS
-    data = common.load_dataset(name if known else str(tmp_path / name), tmp_path)
-    assert (data.name, data.size, data.classes) == (name, 224, ["cat", "dog"])
-    assert data.to("cpu").train.labels.tolist() == [0, 0, 0, 1, 1, 1]
-    assert [path.name for path in data.train.images] == ["0.png", "1.png", "2.png"] * 2
-    assert [path.name for path in tmp_path.iterdir()] == [name]  # it is not packed
-
-
-def test_only_so_many_bytes_are_held_in_memory(tmp_path, monkeypatch):
-    save_pets(tmp_path / "pets", [(10, 10)] * 3)
-    for limit, held in (12 * 300, True), (12 * 300 - 1, False):  # of both splits together
-        monkeypatch.setattr(common, "MEMORY_LIMIT", limit)
-        assert load(tmp_path, "pets").train.in_memory == held
-
-
-# Some val images are named before others, and classes come in no order, as in the real file.
-VAL = {"val_3.png": "n02", "val_0.png": "n03", "val_10.png": "n01", "val_1.png": "n03"}
-
-
-def save_tiny(root):
-    """tiny-imagenet-200 as it is unpacked, but small; class n01 has the gray value 30, n02 60, ...
-    Some of its images have one channel."""
-
-    def save(file, wnid, channels=3):
-        tone = torch.full((channels, 16, 16), 30 * int(wnid[1:]), dtype=torch.uint8)
-        save_image(root / "tiny-imagenet-200" / file, tone)
-
-    for wnid, channels in itertools.product(("n03", "n01", "n02"), (1, 3)):
-        save(f"train/{wnid}/images/{channels}.png", wnid, channels)
-    for name, wnid in VAL.items():
-        save(f"val/images/{name}", wnid)
-    save("test/images/test_0.png", "n01")
-    table = root / "tiny-imagenet-200" / "val" / "val_annotations.txt"
-    table.write_text("".join(f"{name}\t{wnid}\t0\t32\t44\t62\n" for name, wnid in VAL.items()))
-    return table
-
-
-def test_tiny_imagenet(tmp_path):
-    save_tiny(tmp_path)
-    data = common.load_dataset("tiny_imagenet", tmp_path)
-    assert (data.name, data.classes, data.size) == ("tiny_imagenet", ["n01", "n02", "n03"], 16)
-    assert data.train.labels.tolist() == [0, 0, 1, 1, 2, 2]
-    assert sorted(data.test.labels.tolist()) == [0, 1, 2, 2]
-    for split in data.train, data.test:
-        tones = 30 * (split.labels + 1).view(-1, 1, 1, 1)
-        assert torch.equal(split.images.long(), tones.expand(-1, 3, 16, 16))
-
-
-LABELS = {"train_data_batch_10": [5, 1000], "train_data_batch_2": [1, 999, 7], "val_data": [1000]}
-
-
-def pixels_of(labels):
-    """Noise [N, 3, 64, 64], of which each label has its own."""
-    return torch.cat([noise_bytes(1, 64, seed=label) for label in labels])
-
-
-def save_imagenet64(root):
-    folder = root / "imagenet64"
-    folder.mkdir()
-    for name, labels in LABELS.items():
-        arrays = {"data": pixels_of(labels).flatten(1).numpy(), "labels": np.array(labels, ">i4")}
-        np.savez(folder / f"{name}.npz", **arrays)
-    return folder
-
-
-def test_imagenet64(tmp_path):
-    save_imagenet64(tmp_path)
-    data = common.load_dataset("imagenet64", tmp_path)
-    assert (data.name, data.size, len(data.classes)) == ("imagenet64", 64, 1000)
-    for split, labels in (data.train, [1, 999, 7, 5, 1000]), (data.test, [1000]):
-        assert [data.classes[i] for i in split.labels] == [str(label) for label in labels]
-        assert torch.equal(split.images, pixels_of(labels))
-
-
-class Pictures(list):
-    """What torchvision would download: seven pictures of a split and their labels."""
-
-    classes, mode, side = ["cat", "dog"], "RGB", 8
-
-    def __init__(self, root, train=True, *_, split=None, download=False):
-        assert download and root
-        split = split or train
-        seed = {True: 1, "train": 1, False: 2, "test": 2, "val": 2, "unlabeled": 3}[split]
-        for i, image in enumerate(noise_bytes(7, self.side, seed=seed)):
-            picture = TF.to_pil_image(image).convert(self.mode)
-            self.append((picture, -1 if split == "unlabeled" else i % 2))
-
-
-PUBLISHED = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "fashion_mnist": "FashionMNIST"}
-PUBLISHED |= {"stl10": "STL10", "imagenette": "Imagenette"}
-
-
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_download_is_packed_once(tmp_path, monkeypatch, name):
-    source = type("Source", (Pictures,), {"mode": "L" if name == "fashion_mnist" else "RGB"})
-    crop = slice(None)
-    if name == "imagenette":  # which has synonyms; of its 170 pixels the central 160
-        source.side, source.classes, crop = 170, [("cat", "tom"), ("dog",)], slice(5, 165)
-    monkeypatch.setattr(torchvision.datasets, PUBLISHED[name], source)
-    first = common.load_dataset(name, tmp_path / "data")
-    assert [path.name for path in (tmp_path / "data").iterdir()] == [f"{name}.pt"]
-    monkeypatch.setattr(torchvision.datasets, PUBLISHED[name], None)
-    again = common.load_dataset(name, tmp_path / "data")  # read, not downloaded
-    for data, key in itertools.product((first, again), ("train", "test")):
-        pictures = source("root", split=key, download=True)
-        pixels = [TF.pil_to_tensor(picture.convert("RGB")) for picture, _ in pictures]
-        assert torch.equal(getattr(data, key).images, torch.stack(pixels)[..., crop, crop])
-        assert getattr(data, key).labels.tolist() == [0, 1, 0, 1, 0, 1, 0]
-        assert data.classes == ["cat", "dog"]
-        assert len(data.pretrain) == (14 if name == "stl10" else 7)
-
-
-NO_ROUTE = mock.Mock(side_effect=OSError("no\nroute"))
-WRONG = type("Wrong", (Pictures,), {"classes": ["cat"]})
-
-
-@pytest.mark.parametrize("source, message", [(NO_ROUTE, "no route"), (WRONG, "run from 0 to 1")])
-def test_failed_download_leaves_nothing(tmp_path, monkeypatch, source, message):
-    monkeypatch.setattr(torchvision.datasets, "CIFAR10", source)
-    with pytest.raises(common.InputError, match=message):
-        common.load_dataset("cifar10", tmp_path)
-    assert tree(tmp_path) == {}
-
-
-def test_shapes():
-    """Pictures all different, drawn anew alike, whose class is in what is drawn and little in the
-    mean color."""
-    train, test = common.shapes(510, "train"), common.shapes(200, "test")  # in parts of 500
-    assert train["labels"].bincount().tolist() == [51] * 10
-    assert torch.equal(test["images"], common.shapes(200, "test")["images"])
-    both = torch.cat([train["images"], test["images"]])
-    assert both.shape == (710, 3, 32, 32) and both.dtype == torch.uint8
-    assert len(both.flatten(1).unique(dim=0)) == 710
-    right = []  # the share of the test images whose nearest training image has their class
-    for features in both.float().flatten(1), both.float().mean((2, 3)):
-        nearest = torch.cdist(features[510:], features[:510]).argmin(1)
-        right.append((train["labels"][nearest] == test["labels"]).double().mean())
-    assert right[0] > 0.6 and right[1] < 0.35
-
-
-# --------------------------------------------------------------------------------------------------
-# Batches
-
-
-@pytest.fixture
-def streamed(tmp_path):
-    save_pets(tmp_path / "pets", MIXED)
-    return load(tmp_path, "pets").train
-
-
-def test_decode_for_evaluation(streamed):
-    """One centre crop of every image in order: [B, 1, 3, S, S]; what is encoded."""
-    items = [(i, None) for i in range(6)]
-    batches = list(common.decode(streamed, items, 4, hardware(image_size=32)))
-    assert [images.shape for images, _ in batches] == [(4, 1, 3, 32, 32), (2, 1, 3, 32, 32)]
-    assert torch.cat([labels for _, labels in batches]).tolist() == [0, 0, 0, 1, 1, 1]
-    images = torch.cat([images for images, _ in batches])[:, 0]
-    for path, image in zip(streamed.images, images, strict=True):
-        original = Image.open(path)
-        shorter = min(original.size)  # 7/8 of it, but at least what is asked for
-        crop = TF.center_crop(original, [max(32, round(shorter * 7 / 8))] * 2)
-        bicubic = TF.InterpolationMode.BICUBIC
-        crop = TF.pil_to_tensor(TF.resize(crop, [32, 32], bicubic))
-        close(image.float(), crop.float(), 1)
-    data = SimpleNamespace(mean=MEAN, std=STD)
-    features = common.encode(nn.Flatten(), streamed, hardware(image_size=32), data, batch_size=4)
-    close(features, TF.normalize(images / 255, MEAN, STD).flatten(1))
-
-
-def crops_by_image(split, seed, epoch, workers, batch_size=2):
-    """The crops of one epoch, sorted by image: each image has another label here, to be told by."""
-    split = common.Split(split.images, torch.arange(len(split)))
-    args = hardware(seed=seed, workers=workers, batch_size=batch_size)
-    batches = list(common.training_batches(split, epoch, args, common.symmetric(2, crop_min=0.2)))
-    labels = torch.cat([labels for _, labels in batches])
-    return torch.cat([images for images, _ in batches])[labels.argsort()]
-
-
-def test_streamed_crops_depend_on_seed_epoch_and_image_only(streamed):
-    crops = crops_by_image(streamed, seed=0, epoch=1, workers=0)
-    torch.manual_seed(99)
-    assert torch.equal(crops_by_image(streamed, 0, 1, workers=2, batch_size=3), crops)
-    for seed, epoch in (1, 1), (0, 2):
-        other = crops_by_image(streamed, seed, epoch, workers=0)
-        assert all(not torch.equal(a, b) for a, b in zip(crops, other, strict=True))
-    same_image = common.Split(streamed.images[:1] * 4, torch.zeros(4).long())
-    crops = crops_by_image(same_image, 0, 1, workers=0)  # drawn for each place and view
-    assert len(crops.flatten(2).flatten(0, 1).unique(dim=0)) == 8
-
-
-def test_training_batches_in_memory():
-    """No image twice, the short last batch dropped, the order from seed and epoch alone."""
-    split = common.Split(noise_bytes(11, 8), torch.arange(11))
-
-    def labels(epoch, skip=0, **options):
-        args = hardware(**options)
-        batches = list(common.training_batches(split, epoch, args, common.symmetric(), skip))
-        for images, index in batches:
-            assert torch.equal(images, split.images[index])
-        return [index.tolist() for _, index in batches]
-
-    first = labels(1)
-    assert [len(batch) for batch in first] == [4, 4]
-    assert len(set(sum(first, []))) == 8
-    torch.manual_seed(99)
-    assert labels(1) == first
-    assert [labels(1, skip) for skip in (1, 2)] == [first[1:], []]  # where a stopped run goes on
-    assert labels(2) != first and labels(1, seed=1) != first
-
-
-@pytest.mark.gpu
-def test_streamed_batches_reach_the_gpu(streamed):
-    torch.zeros(1).cuda()  # worker processes that are forked now cannot use CUDA themselves
-    split, recipes = streamed.to("cuda"), common.symmetric()
-    batches = list(common.training_batches(split, 1, hardware(device="cuda", workers=2), recipes))
-    assert len(batches) == 1 and batches[0][0].is_cuda and batches[0][1].is_cuda
 
 
 # --------------------------------------------------------------------------------------------------
@@ -653,88 +352,3 @@ def test_prepare_fills_in_what_follows(toy_file, words, expected):
     assert {name: getattr(args, name) for name in expected} == pytest.approx(expected)
     first = torch.rand(3)
     assert torch.equal(first, torch.rand(3, generator=rng(args.seed)))  # the initial weights'
-
-
-# --------------------------------------------------------------------------------------------------
-# What is refused: in one line that says what is wrong, no file changed
-
-
-class Payload:
-    """Unpickling one runs code: it makes a file, as it could delete the user's."""
-
-    def __reduce__(self):
-        return open, ("payload_ran", "w")
-
-
-def given(value, root, toy):
-    """A file with this value."""
-    torch.save(value, root / "mine.pt")
-    return root / "mine.pt"
-
-
-def packed(split, key, change, root, toy):
-    """A packed file of whose images or labels `change` makes others."""
-    value = toy()
-    value[split][key] = change(value[split][key])
-    return given(value, root, toy)
-
-
-def pets(change, root, toy):
-    """A folder of eight images of one size; `change` gets its path."""
-    save_pets(root / "pets", [(9, 9)] * 2)
-    change(root / "pets")
-    return root / "pets"
-
-
-def tiny(old, new, root, toy):
-    """Tiny ImageNet with something else in its table."""
-    table = save_tiny(root)
-    table.write_text(table.read_text().replace(old, new))
-    return "tiny_imagenet"
-
-
-def npz(change, root, toy):
-    """ImageNet64 with other arrays in its second training file."""
-    path = save_imagenet64(root) / "train_data_batch_10.npz"
-    np.savez(path, **dict(np.load(path)) | change)
-    return "imagenet64"
-
-
-of = functools.partial
-REFUSED = [
-    (of(given, {"a": Payload()}), "mine.pt: .* holds .*open, which is no plain value; nothing was"),
-    ("nothing.pt", "nothing.pt: no such file"),
-    ("cifar11", "'cifar11' is none of cifar10, cifar100, .* nor a folder, nor a .pt file"),
-    (of(given, {"train": None}), "mine.pt: not a packed dataset: expected a dict"),
-    (of(given, {"train": {}}), "mine.pt: classes should be a list"),
-    (of(packed, "train", "images", torch.Tensor.float), "train images should be a uint8"),
-    (of(packed, "train", "images", lambda x: x[:, :2]), r"train images .* \[N, 1 or 3, H, W\]"),
-    (of(packed, "train", "images", lambda x: x[:0]), "train images .* N > 0"),
-    (of(packed, "train", "labels", torch.Tensor.int), "train labels should be an int64"),
-    (of(packed, "test", "labels", lambda y: y[:31]), "test labels should be .* N = 32"),
-    (of(packed, "train", "labels", lambda y: y + 1), "train labels run from 1 to 4, .* 4 classes"),
-    (of(packed, "test", "images", lambda x: x[..., 1:]), r"different sizes: \[\(16, 15\), \(16"),
-    (of(pets, lambda f: shutil.rmtree(f / "train")), "pets: no folder train/ beside test$"),
-    (of(pets, lambda f: os.truncate(f / "train/dog/1.png", 99)), "dog/1.png: not a readable image"),
-    (of(pets, lambda f: (f / "test/dog").rename(f / "test/cow")), "test has 1 .*: cow$"),
-    ("tiny_imagenet", "unpack http://cs231n.stanford.edu/.* as .*/tiny-imagenet-200$"),
-    (of(tiny, "n02", "n99"), "val_annotations.txt: not a readable table .*n99"),
-    (of(tiny, "val_10.png", "val_77.png"), "annotations.txt: .* differ in 2 files.*val_10.png"),
-    ("imagenet64", "put its train_data_batch_1.npz, .* and val_data.npz in .*/imagenet64$"),
-    (lambda root, _: (root / "imagenet64").mkdir() or "imagenet64", "no train_data_batch_1.npz"),
-    (of(npz, {"data": np.zeros((2, 12288))}), "imagenet64.pt: train images should be a uint8"),
-    (of(npz, {"labels": np.array([0, 5])}), "train labels run from -1 to 998, but .* 1000 classes"),
-    (of(npz, {"labels": np.array([1, None])}), "batch_10.npz: .*pickle"),  # which could run code
-    ("imagenet100", "unpack it as .*/imagenet100/train/CLASS/.* at .*/imagenet100.pt$"),
-]
-
-
-@pytest.mark.parametrize("spoiled, message", REFUSED)
-def test_refused(tmp_path, monkeypatch, toy, spoiled, message):
-    monkeypatch.chdir(tmp_path)
-    name = str(spoiled(tmp_path, toy)) if callable(spoiled) else spoiled
-    before = tree(tmp_path)
-    with pytest.raises(common.InputError) as error:
-        common.load_dataset(name, tmp_path)
-    assert re.search(message, str(error.value)) and "\n" not in str(error.value)
-    assert tree(tmp_path) == before  # nothing was written, nor run

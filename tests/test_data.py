@@ -1,13 +1,26 @@
-"""Images and folders of other people: read as they were meant, or refused in one line."""
+"""Datasets: packed files, images and folders of other people, and the layouts in which datasets are
+published, written here with other libraries. They are read as they were meant, or refused in one
+line; and the batches that come of them."""
 
+import functools
+import itertools
+import os
 import re
+import shutil
 import struct
 import zlib
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+import torchvision
+import torchvision.transforms.functional as TF
 from PIL import Image
+from test_common import MEAN, STD, close, hardware, noise_bytes, tree
+from torch import nn
 
 import common
 
@@ -77,15 +90,35 @@ def test_images_are_turned_as_exif_says(tmp_path):
     assert common.read_image(tmp_path / "turned.jpg").size == (8, 16)
 
 
-def fill(root, *paths, size=8):
-    for path in paths:
-        (root / path).parent.mkdir(parents=True, exist_ok=True)
-        if (root / path).suffix.lower() in (".png", ".jpg"):
-            tone = len(list(root.rglob("*"))) % 256
-            Image.new("RGB", (size, size), gray(tone)).save(root / path)
+# --------------------------------------------------------------------------------------------------
+# Folders
+
+
+def pixels_of(path, height, width):
+    """Noise [3, H, W], of which each path has its own."""
+    return noise_bytes(1, height, width, seed=zlib.crc32(str(path).encode()))[0]
+
+
+def fill(root, *paths, sizes=((6, 8),)):
+    """Files below `root`: images, whose sizes take turns, and empty ones of another ending."""
+    for path, (height, width) in zip(paths, itertools.cycle(sizes)):  # noqa: B905
+        file = root / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if file.suffix.lower() in (".png", ".jpg"):
+            TF.to_pil_image(pixels_of(path, height, width)).save(file)
         else:
-            (root / path).write_text("")
+            file.write_text("")
     return root
+
+
+def save_pets(root, sizes, splits=("train", "test")):
+    """An image of each size in each of two classes in each split."""
+    root = Path(root)
+    names = itertools.product(splits, ("cat", "dog"), range(len(sizes)))
+    return fill(root, *(f"{split}/{name}/{i}.png" for split, name, i in names), sizes=sizes)
+
+
+MIXED = [(40, 60), (50, 50), (64, 40)]  # sizes of images that stay on disk
 
 
 @pytest.mark.parametrize(
@@ -97,6 +130,7 @@ def fill(root, *paths, size=8):
         (["train/a/1.png", "train/b/2.png", "validation/a/3.png"], (2, 1), ["a", "b"]),
         (["train/a/1.png", "train/b/2.png", "test/3.png", "val/a/4.png"], (2, 1), ["a", "b"]),
         (["train/a/1.png", "train/b/2.png", "test/3.png"], (2, None), ["a", "b"]),
+        (["train/a/1.png", "val/a/2.png", "val/a/3.png", "test/a/4.png"], (1, 1), ["a"]),
         (["a/1.png", "b/2.png", "b/3.png"], (3, None), ["a", "b"]),
         (["1.png", "2.png"], (2, None), []),
         (["train/1.png", "train/2.png"], (2, None), []),
@@ -106,41 +140,76 @@ def fill(root, *paths, size=8):
     ],
 )
 def test_layouts_of_folders(tmp_path, paths, sizes, classes):
-    data = common.load_dataset(str(fill(tmp_path / "mine", *paths)))
+    data = common.load_dataset(str(fill(tmp_path / "mine", *paths))).to("cpu")
     assert (len(data.train), data.test and len(data.test)) == sizes
-    assert data.classes == classes
+    assert (data.name, data.classes, data.size) == ("mine", classes, 6)
     assert "left out" not in " ".join(data.found)
     assert (data.train.labels == -1).all() == (not classes)
+    pictures = [path for path in paths if path.lower().endswith(("png", "jpg"))]
+    for image, label in zip(data.train.images, data.train.labels, strict=True):
+        [path] = [path for path in pictures if as_saved(image, tmp_path / "mine" / path)]
+        assert "test" not in path and (not classes or classes[label] in path.split("/"))
 
 
-@pytest.mark.parametrize("folder", ["val/images", "val/n1"])
-def test_tiny_imagenet_as_published_and_in_class_folders(tmp_path, folder):
-    root = tmp_path / common.TINY
-    paths = "train/n1/images/1.png", "train/n2/images/2.png", "test/images/3.png"
-    fill(root, *paths, f"{folder}/4.png")
+def as_saved(image, path):
+    return torch.equal(image, TF.pil_to_tensor(Image.open(path).convert("RGB")))
+
+
+# Some val images are named before others, and classes come in no order, as in the real file.
+VAL = {"val_3.png": "n02", "val_0.png": "n03", "val_10.png": "n01", "val_1.png": "n03"}
+
+
+def save_tiny(root, folder="val/images"):
+    """tiny-imagenet-200 as it is unpacked, but small."""
+    root = root / common.TINY
+    fill(root, *(f"train/{name}/images/1.png" for name in VAL.values()), "test/images/3.png")
+    Image.new("L", (8, 6), 90).save(root / "train/n02/images/gray.png")
+    fill(root, *(f"{folder.format(name)}/{file}" for file, name in VAL.items()))
+    table = root / "val" / common.ANNOTATIONS
     if folder == "val/images":
-        (root / "val" / common.ANNOTATIONS).write_text("4.png\tn1\t0\t0\t8\t8\n")
+        table.write_text("".join(f"{file}\t{name}\t0\t0\t8\t6\n" for file, name in VAL.items()))
+    return table
+
+
+@pytest.mark.parametrize("folder", ["val/images", "val/{}"])
+def test_tiny_imagenet_as_published_and_in_class_folders(tmp_path, folder):
+    save_tiny(tmp_path, folder)
     data = common.load_dataset("tiny_imagenet", tmp_path)
-    assert (len(data.train), data.test.labels.tolist()) == (2, [0])
+    assert (data.name, data.classes) == ("tiny_imagenet", ["n01", "n02", "n03"])
+    assert data.train.labels.tolist() == [0, 1, 1, 2]
+    assert data.train.images[2].unique().tolist() == [90]
+    for image, label in zip(data.test.images, data.test.labels, strict=True):
+        name = data.classes[label]
+        here = [tmp_path / common.TINY / folder.format(name) / x for x in VAL if VAL[x] == name]
+        assert any(as_saved(image, path) for path in here)
+    assert [path.name for path in tmp_path.iterdir()] == [common.TINY]  # it is not packed
 
 
 def test_what_was_found_is_said(tmp_path):
     paths = "train/a/1.png", "train/b/2.png", "train/a/notes.txt", "train/3.png", "test/a/4.png"
-    data = common.load_dataset(str(fill(tmp_path / "mine", *paths, "test/a/x.txt")))
+    fill(tmp_path / "imagenet100", *paths, "test/a/x.txt")
+    data = common.load_dataset("imagenet100", tmp_path)
     first, second = data.found
-    assert first == "mine: 2 training images, 2 classes, 1 test images, 8x8 pixels, in memory"
+    assert first.startswith("imagenet100: 2 training images, 2 classes, 1 test images, 8x6 pix")
     assert second == "left out: 2 .txt, 1 images outside the folders of classes"
 
 
 def test_a_few_odd_images_are_refused_and_many_are_decoded(tmp_path):
     root = fill(tmp_path / "mine", *(f"a/{i}.png" for i in range(200)))
-    fill(root, "b/odd.png", size=9)
-    with pytest.raises(common.InputError, match="1 of 201 images are not 8x8 .*odd.png: take"):
+    fill(root, "b/odd.png", sizes=[(9, 9)])
+    with pytest.raises(common.InputError, match="1 of 201 images are not 8x6 .*odd.png: take"):
         common.load_dataset(str(root))
-    fill(root, *(f"b/{i}.png" for i in range(9)), size=10)
+    fill(root, *(f"b/{i}.png" for i in range(9)), sizes=[(10, 10)])
     data = common.load_dataset(str(root))
     assert not data.train.in_memory and data.size == 224
     assert re.search("several sizes.* decoded from disk; --image-size and --stem", data.found[1])
+
+
+def test_only_so_many_bytes_are_held_in_memory(tmp_path, monkeypatch):
+    root = save_pets(tmp_path / "pets", [(10, 10)] * 3)
+    for limit, held in (12 * 300, True), (12 * 300 - 1, False):  # of both splits together
+        monkeypatch.setattr(common, "MEMORY_LIMIT", limit)
+        assert common.load_dataset(str(root)).train.in_memory == held
 
 
 def test_the_data_of_a_run_is_known_by_its_images(tmp_path):
@@ -152,16 +221,300 @@ def test_the_data_of_a_run_is_known_by_its_images(tmp_path):
     (tmp_path / "two" / "a").rename(tmp_path / "two" / "c")
     other = common.recognition(common.load_dataset(str(tmp_path / "two")))
     assert other["classes"] == ["b", "c"]
-    Image.new("RGB", (8, 8), RED).save(tmp_path / "two" / "b" / "0.png")
+    Image.new("RGB", (8, 6), RED).save(tmp_path / "two" / "b" / "0.png")
     assert common.recognition(common.load_dataset(str(tmp_path / "two")))["content"] not in (
         other["content"],
         common.recognition(one)["content"],
     )
 
 
-@pytest.mark.parametrize("smallest, neighbours", [(6, 3), (1, 1)])
-def test_no_more_neighbours_than_half_of_the_smallest_class(smallest, neighbours):
-    labels = torch.tensor([0] * 90 + [1] * smallest)
-    split = common.Split(torch.randn(len(labels), 4), labels)
-    args = type("Args", (), {"knn_k": 200, "knn_temperature": 0.1})
-    assert common.knn_votes(split, split, 2, args)[1] == neighbours
+# --------------------------------------------------------------------------------------------------
+# Packed files, and the layouts in which datasets are published
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_packed_file(tmp_path, toy, channels):
+    saved = toy()
+    saved["train"]["images"][:, 2] = 0  # a black channel, whose deviation would divide by 0
+    for key in "train", "test":
+        saved[key]["images"] = saved[key]["images"][:, :channels].clone()
+    torch.save(saved, tmp_path / "mine.pt")
+    data = common.load_dataset(str(tmp_path / "mine.pt"))
+    assert (data.name, data.classes, data.size) == ("mine", list("abcd"), 16)
+    for split, key in (data.train, "train"), (data.test, "test"), (data.pretrain, "train"):
+        assert torch.equal(split.labels, saved[key]["labels"])
+        assert torch.equal(split.images, saved[key]["images"].expand(-1, 3, -1, -1))
+    values = data.train.images.numpy().astype(np.float64) / 255
+    np.testing.assert_allclose(data.mean, values.mean((0, 2, 3)), rtol=1e-12)
+    np.testing.assert_allclose(data.std, values.std((0, 2, 3)).clip(1 / 255), rtol=1e-12)
+
+
+def test_unlabeled_images_are_for_pretraining_only(tmp_path, toy):
+    saved = toy() | {"unlabeled": {"images": noise_bytes(7, 16)}}
+    torch.save(saved, tmp_path / "more.pt")
+    loaded = common.load_dataset(str(tmp_path / "more.pt"))
+    both = torch.cat([saved["train"]["images"], saved["unlabeled"]["images"]])
+    for data in loaded, loaded.to("cpu"):
+        assert torch.equal(data.pretrain.images, both) and torch.equal(data.train.images, both[:64])
+        assert data.pretrain.labels[64:].eq(-1).all() and data.train.labels.ge(0).all()
+
+
+@pytest.mark.parametrize("images", [torch.arange(40), [f"{i}.png" for i in range(40)]])
+def test_spread_takes_every_class_of_a_sorted_split(images):
+    split = common.Split(images, torch.arange(40) // 4)
+    some = split.spread(10)
+    assert list(some.images) == list(images[::4]) and some.labels.tolist() == list(range(10))
+    assert [len(split.spread(count)) for count in (7, 0, 40, 99)] == [7, 40, 40, 40]
+
+
+LABELS = {"train_data_batch_10": [5, 1000], "train_data_batch_2": [1, 999, 7], "val_data": [1000]}
+
+
+def pictures_of(labels):
+    return torch.stack([pixels_of(label, 64, 64) for label in labels])
+
+
+def save_imagenet64(root):
+    folder = root / "imagenet64"
+    folder.mkdir()
+    for name, labels in LABELS.items():
+        arrays = {"data": pictures_of(labels).flatten(1).numpy(), "labels": np.array(labels, ">i4")}
+        np.savez(folder / f"{name}.npz", **arrays)
+    return folder
+
+
+def test_imagenet64(tmp_path):
+    save_imagenet64(tmp_path)
+    data = common.load_dataset("imagenet64", tmp_path)
+    assert (data.name, data.size, len(data.classes)) == ("imagenet64", 64, 1000)
+    for split, labels in (data.train, [1, 999, 7, 5, 1000]), (data.test, [1000]):
+        assert [data.classes[i] for i in split.labels] == [str(label) for label in labels]
+        assert torch.equal(split.images, pictures_of(labels))
+
+
+class Pictures(list):
+    """What torchvision would download: seven pictures of a split and their labels."""
+
+    classes, mode, side = ["cat", "dog"], "RGB", 8
+
+    def __init__(self, root, train=True, *_, split=None, download=False):
+        assert download and root
+        split = split or train
+        seed = {True: 1, "train": 1, False: 2, "test": 2, "val": 2, "unlabeled": 3}[split]
+        for i, image in enumerate(noise_bytes(7, self.side, seed=seed)):
+            picture = TF.to_pil_image(image).convert(self.mode)
+            self.append((picture, -1 if split == "unlabeled" else i % 2))
+
+
+PUBLISHED = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "fashion_mnist": "FashionMNIST"}
+PUBLISHED |= {"stl10": "STL10", "imagenette": "Imagenette"}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_download_is_packed_once(tmp_path, monkeypatch, name):
+    source = type("Source", (Pictures,), {"mode": "L" if name == "fashion_mnist" else "RGB"})
+    crop = slice(None)
+    if name == "imagenette":  # which has synonyms; of its 170 pixels the central 160
+        source.side, source.classes, crop = 170, [("cat", "tom"), ("dog",)], slice(5, 165)
+    monkeypatch.setattr(torchvision.datasets, PUBLISHED[name], source)
+    first = common.load_dataset(name, tmp_path / "data")
+    assert [path.name for path in (tmp_path / "data").iterdir()] == [f"{name}.pt"]
+    monkeypatch.setattr(torchvision.datasets, PUBLISHED[name], None)
+    again = common.load_dataset(name, tmp_path / "data")  # read, not downloaded
+    for data, key in itertools.product((first, again), ("train", "test")):
+        pictures = source("root", split=key, download=True)
+        pixels = [TF.pil_to_tensor(picture.convert("RGB")) for picture, _ in pictures]
+        assert torch.equal(getattr(data, key).images, torch.stack(pixels)[..., crop, crop])
+        assert getattr(data, key).labels.tolist() == [0, 1, 0, 1, 0, 1, 0]
+        assert data.classes == ["cat", "dog"]
+        assert len(data.pretrain) == (14 if name == "stl10" else 7)
+
+
+NO_ROUTE = mock.Mock(side_effect=OSError("no\nroute"))
+WRONG = type("Wrong", (Pictures,), {"classes": ["cat"]})
+
+
+@pytest.mark.parametrize("source, message", [(NO_ROUTE, "no route"), (WRONG, "run from 0 to 1")])
+def test_failed_download_leaves_nothing(tmp_path, monkeypatch, source, message):
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", source)
+    with pytest.raises(common.InputError, match=message):
+        common.load_dataset("cifar10", tmp_path)
+    assert tree(tmp_path) == {}
+
+
+def test_shapes():
+    """Pictures all different, drawn anew alike, whose class is in what is drawn and little in the
+    mean color."""
+    train, test = common.shapes(510, "train"), common.shapes(200, "test")  # in parts of 500
+    assert train["labels"].bincount().tolist() == [51] * 10
+    assert torch.equal(test["images"], common.shapes(200, "test")["images"])
+    both = torch.cat([train["images"], test["images"]])
+    assert both.shape == (710, 3, 32, 32) and both.dtype == torch.uint8
+    assert len(both.flatten(1).unique(dim=0)) == 710
+    right = []  # the share of the test images whose nearest training image has their class
+    for features in both.float().flatten(1), both.float().mean((2, 3)):
+        nearest = torch.cdist(features[510:], features[:510]).argmin(1)
+        right.append((train["labels"][nearest] == test["labels"]).double().mean())
+    assert right[0] > 0.6 and right[1] < 0.35
+
+
+# --------------------------------------------------------------------------------------------------
+# Batches
+
+
+@pytest.fixture
+def streamed(tmp_path):
+    return common.load_dataset(str(save_pets(tmp_path / "pets", MIXED))).train
+
+
+def test_decode_for_evaluation(streamed):
+    """One centre crop of every image in order: [B, 1, 3, S, S]; what is encoded."""
+    items = [(i, None) for i in range(6)]
+    batches = list(common.decode(streamed, items, 4, hardware(image_size=32)))
+    assert [images.shape for images, _ in batches] == [(4, 1, 3, 32, 32), (2, 1, 3, 32, 32)]
+    assert torch.cat([labels for _, labels in batches]).tolist() == [0, 0, 0, 1, 1, 1]
+    images = torch.cat([images for images, _ in batches])[:, 0]
+    for path, image in zip(streamed.images, images, strict=True):
+        original = Image.open(path)
+        shorter = min(original.size)  # 7/8 of it, but at least what is asked for
+        crop = TF.center_crop(original, [max(32, round(shorter * 7 / 8))] * 2)
+        bicubic = TF.InterpolationMode.BICUBIC
+        crop = TF.pil_to_tensor(TF.resize(crop, [32, 32], bicubic))
+        close(image.float(), crop.float(), 1)
+    data = SimpleNamespace(mean=MEAN, std=STD)
+    features = common.encode(nn.Flatten(), streamed, hardware(image_size=32), data, batch_size=4)
+    close(features, TF.normalize(images / 255, MEAN, STD).flatten(1))
+
+
+def crops_by_image(split, seed, epoch, workers, batch_size=2):
+    """The crops of one epoch, sorted by image: each image has another label here, to be told by."""
+    split = common.Split(split.images, torch.arange(len(split)))
+    args = hardware(seed=seed, workers=workers, batch_size=batch_size)
+    batches = list(common.training_batches(split, epoch, args, common.symmetric(2, crop_min=0.2)))
+    labels = torch.cat([labels for _, labels in batches])
+    return torch.cat([images for images, _ in batches])[labels.argsort()]
+
+
+def test_streamed_crops_depend_on_seed_epoch_and_image_only(streamed):
+    crops = crops_by_image(streamed, seed=0, epoch=1, workers=0)
+    torch.manual_seed(99)
+    assert torch.equal(crops_by_image(streamed, 0, 1, workers=2, batch_size=3), crops)
+    for seed, epoch in (1, 1), (0, 2):
+        other = crops_by_image(streamed, seed, epoch, workers=0)
+        assert all(not torch.equal(a, b) for a, b in zip(crops, other, strict=True))
+    same_image = common.Split(streamed.images[:1] * 4, torch.zeros(4).long())
+    crops = crops_by_image(same_image, 0, 1, workers=0)  # drawn for each place and view
+    assert len(crops.flatten(2).flatten(0, 1).unique(dim=0)) == 8
+
+
+def test_training_batches_in_memory():
+    """No image twice, the short last batch dropped, the order from seed and epoch alone."""
+    split = common.Split(noise_bytes(11, 8), torch.arange(11))
+
+    def labels(epoch, skip=0, **options):
+        args = hardware(**options)
+        batches = list(common.training_batches(split, epoch, args, common.symmetric(), skip))
+        for images, index in batches:
+            assert torch.equal(images, split.images[index])
+        return [index.tolist() for _, index in batches]
+
+    first = labels(1)
+    assert [len(batch) for batch in first] == [4, 4]
+    assert len(set(sum(first, []))) == 8
+    torch.manual_seed(99)
+    assert labels(1) == first
+    assert [labels(1, skip) for skip in (1, 2)] == [first[1:], []]  # where a stopped run goes on
+    assert labels(2) != first and labels(1, seed=1) != first
+
+
+@pytest.mark.gpu
+def test_streamed_batches_reach_the_gpu(streamed):
+    torch.zeros(1).cuda()  # worker processes that are forked now cannot use CUDA themselves
+    split, recipes = streamed.to("cuda"), common.symmetric()
+    batches = list(common.training_batches(split, 1, hardware(device="cuda", workers=2), recipes))
+    assert len(batches) == 1 and batches[0][0].is_cuda and batches[0][1].is_cuda
+
+
+# --------------------------------------------------------------------------------------------------
+# What is refused: in one line that says what is wrong, no file changed
+
+
+class Payload:
+    """Unpickling one runs code: it makes a file, as it could delete the user's."""
+
+    def __reduce__(self):
+        return open, ("payload_ran", "w")
+
+
+def given(value, root, toy):
+    """A file with this value."""
+    torch.save(value, root / "mine.pt")
+    return root / "mine.pt"
+
+
+def packed(split, key, change, root, toy):
+    """A packed file of whose images or labels `change` makes others."""
+    value = toy()
+    value[split][key] = change(value[split][key])
+    return given(value, root, toy)
+
+
+def pets(change, root, toy):
+    """A folder of eight images of one size; `change` gets its path."""
+    folder = save_pets(root / "pets", [(9, 9)] * 2)
+    change(folder)
+    return folder
+
+
+def tiny(old, new, root, toy):
+    """Tiny ImageNet with something else in its table."""
+    table = save_tiny(root)
+    table.write_text(table.read_text().replace(old, new))
+    return "tiny_imagenet"
+
+
+def npz(change, root, toy):
+    """ImageNet64 with other arrays in its second training file."""
+    path = save_imagenet64(root) / "train_data_batch_10.npz"
+    np.savez(path, **dict(np.load(path)) | change)
+    return "imagenet64"
+
+
+of = functools.partial
+REFUSED = [
+    (of(given, {"a": Payload()}), "mine.pt: .* holds .*open, which is no plain value; nothing was"),
+    ("nothing.pt", "nothing.pt: no such file"),
+    ("cifar11", "'cifar11' is none of cifar10, cifar100, .* nor a folder, nor a .pt file"),
+    (of(given, {"train": None}), "mine.pt: not a packed dataset: expected a dict"),
+    (of(given, {"train": {}}), "mine.pt: classes should be a list"),
+    (of(packed, "train", "images", torch.Tensor.float), "train images should be a uint8"),
+    (of(packed, "train", "images", lambda x: x[:, :2]), r"train images .* \[N, 1 or 3, H, W\]"),
+    (of(packed, "train", "images", lambda x: x[:0]), "train images .* N > 0"),
+    (of(packed, "train", "labels", torch.Tensor.int), "train labels should be an int64"),
+    (of(packed, "test", "labels", lambda y: y[:31]), "test labels should be .* N = 32"),
+    (of(packed, "train", "labels", lambda y: y + 1), "train labels run from 1 to 4, .* 4 classes"),
+    (of(packed, "test", "images", lambda x: x[..., 1:]), r"different sizes: \[\(16, 15\), \(16"),
+    (of(pets, lambda f: shutil.rmtree(f / "train")), "pets: no folder train/ beside test$"),
+    (of(pets, lambda f: os.truncate(f / "train/dog/1.png", 99)), "dog/1.png: not a readable image"),
+    (of(pets, lambda f: (f / "test/dog").rename(f / "test/cow")), "test has 1 .*: cow$"),
+    ("tiny_imagenet", "unpack http://cs231n.stanford.edu/.* as .*/tiny-imagenet-200$"),
+    (of(tiny, "n02", "n99"), "val_annotations.txt: not a readable table .*n99"),
+    (of(tiny, "val_10.png", "val_77.png"), "annotations.txt: .* differ in 2 files.*val_10.png"),
+    ("imagenet64", "put its train_data_batch_1.npz, .* and val_data.npz in .*/imagenet64$"),
+    (lambda root, _: (root / "imagenet64").mkdir() or "imagenet64", "no train_data_batch_1.npz"),
+    (of(npz, {"data": np.zeros((2, 12288))}), "imagenet64.pt: train images should be a uint8"),
+    (of(npz, {"labels": np.array([0, 5])}), "train labels run from -1 to 998, but .* 1000 classes"),
+    (of(npz, {"labels": np.array([1, None])}), "batch_10.npz: .*pickle"),  # which could run code
+    ("imagenet100", "unpack it as .*/imagenet100/train/CLASS/.* at .*/imagenet100.pt$"),
+]
+
+
+@pytest.mark.parametrize("spoiled, message", REFUSED)
+def test_refused(tmp_path, monkeypatch, toy, spoiled, message):
+    monkeypatch.chdir(tmp_path)
+    name = str(spoiled(tmp_path, toy)) if callable(spoiled) else spoiled
+    before = tree(tmp_path)
+    with pytest.raises(common.InputError) as error:
+        common.load_dataset(name, tmp_path)
+    assert re.search(message, str(error.value)) and "\n" not in str(error.value)
+    assert tree(tmp_path) == before  # nothing was written, nor run

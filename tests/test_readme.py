@@ -2,18 +2,16 @@
 
 import argparse
 import ast
-import builtins
-import dis
 import functools
 import importlib
 import re
 import shlex
 import sys
-import types
 from pathlib import Path
 from unittest import mock
 
 import pytest
+from test_copyable import global_names
 
 import common
 
@@ -154,7 +152,7 @@ def test_the_front_page_is_short_and_begins_with_a_result():
 
 def test_the_front_page_quotes_the_journal():
     """The headline's figures and commits beside the same method, the others somewhere."""
-    number = r"\d+\.\d+|\b[0-9a-f]{7}\b"
+    number = r"(?<!Python )\b\d+\.\d+|\b[0-9a-f]{7}\b"
     for method, _, _, shapes, cifar10, commits in table_with("kNN on shapes"):
         quoted = zip(["Shapes", "CIFAR-10"], [shapes, cifar10], commits.split(","), strict=True)
         for section, figure, commit in quoted:
@@ -166,14 +164,6 @@ def test_the_front_page_quotes_the_journal():
     for _, published, *_ in table_with("published"):
         assert all(x in SECTIONS["What others report"] for x in published.split(", ")), published
     assert set(re.findall(number, FRONT)) <= set(re.findall(number, JOURNAL))
-
-
-def global_names(code):
-    """The names from outside that a code object, or one inside it, looks up."""
-    loads = [x for x in dis.get_instructions(code) if x.opname in ("LOAD_GLOBAL", "LOAD_NAME")]
-    inner = [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
-    names = {load.argval for load in loads}.union(*map(global_names, inner))
-    return names - set(dir(builtins))
 
 
 def test_what_may_be_copied_is_whole():

@@ -9,14 +9,11 @@ import pytest
 import torch
 import torchvision
 import torchvision.transforms.functional as TF
+from test_common import noise_bytes, rng
 
 import carl_carp
 import common
 from common import Recipe
-
-
-def rng(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def uniform(low, high, *shape, seed=0):
@@ -26,10 +23,6 @@ def uniform(low, high, *shape, seed=0):
 def noise(n, height, width=None):
     """Float images of independent pixels, in which a misplaced or smoothed one is seen."""
     return uniform(0, 1, n, 3, height, width or height)
-
-
-def noise_bytes(n, height, width=None):
-    return (noise(n, height, width) * 256).byte()
 
 
 def close(actual, expected, atol=1e-4):

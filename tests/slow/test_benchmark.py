@@ -16,14 +16,12 @@ pytestmark = pytest.mark.slow
 def test_every_arm_is_measured(small):  # noqa: F811
     store(toy(64), "toy.pt")
     argv = [*CPU, "--dataset", "toy.pt", "--stem", "imagenet", "--batch-size", "16"]
-    argv += ["--blocks", "2", "--steps", "1", "--epochs", "1", "--seeds", "1", "--json", "out.json"]
-    table = succeed("benchmark", *argv, "--groups", "data,ladder,methods,accuracy")
+    argv += ["--blocks", "2", "--steps", "1", "--json", "out.json"]
+    table = succeed("benchmark", *argv, "--groups", "data,ladder,methods")
     found = json.loads(Path("out.json").read_text())
     arms = {"cached", "real", "views", "pil 0", "pil 1", "usual", "plain"}
     assert arms <= found["data"].keys() and len(found["ladder"]) == 5
-    assert len(found["methods"]) == 9 and found["accuracy"].keys() == {"ours", "torchvision"}
-    assert found["ceilings"].keys() == {"matmul_tflops", "copy_gb_per_s"}
-    assert found["knn"].keys() == {"seconds", "share"} and found["torch"] == torch.__version__
+    assert len(found["methods"]) == 9 and found["torch"] == torch.__version__
     for group, base in ("data", "cached"), ("ladder", "cached"), ("methods", "simclr"):
         assert found[group][base]["percent_over_base"] == 0
         for name, row in found[group].items():
@@ -56,13 +54,9 @@ def test_it_compares_what_it_says(folder):  # noqa: F811
         assert last == (taken != "channels_last") and torch.equal(copied, weight)
         assert step.optimizer.param_groups[0]["fused"] == (None if taken == "fused" else True)
         assert step.model.concat_views == (taken != "one pass")
-    transform = benchmark.torchvision_transform(recipes[0], args.image_size, data)
-    theirs = benchmark.PillowViews(data, transform)
-    theirs = torch.stack([theirs[i][0] for i in range(512)])
     augment = common.Augment(recipes, args.image_size, data.mean, data.std)
-    ours = augment(data.pretrain.images, common.generator(0, "augment", 0))[0]
-    assert theirs.mean().item() == pytest.approx(ours.mean().item(), abs=0.02)
+    ours = torch.cat(augment(data.pretrain.images, common.generator(0, "augment", 0)))
+    transform = benchmark.torchvision_transform(recipes[0], 24, data.mean, data.std)
+    theirs = torch.cat(benchmark.pillow_views(data.pretrain.images, transform))
+    assert theirs.mean().item() == pytest.approx(ours.mean().item(), abs=0.05)
     assert theirs.std().item() == pytest.approx(ours.std().item(), rel=0.03)
-    resnet18 = common.resnet("resnet18", "small")
-    counted = benchmark.flops(benchmark.importlib.import_module("simclr").SimCLR(resnet18), 32)
-    assert counted == pytest.approx(6.66e9, rel=0.01)  # counted by hand: 3.33 GFLOP for a view

@@ -14,6 +14,7 @@ from unittest import mock
 
 import pytest
 import torch
+from test_data import save_pets
 from test_training import (
     METHODS,
     NARROW,
@@ -25,7 +26,6 @@ from test_training import (
     folder,  # noqa: F401
     load,
     read_log,
-    save_pets,
     store,
     succeed,
     toy,
@@ -177,7 +177,7 @@ def test_two_gpus(method, precision, folder):  # noqa: F811
 
 def test_images_from_disk(folder):  # noqa: F811
     """Each process decodes its part, of seven test images four and three."""
-    save_pets("pets", [32, 40])
+    save_pets("pets", [(32, 32), (40, 40)] * 2)
     Path("pets/test/cat/0.png").unlink()
     argv = ["--dataset", "pets", *TINY, "--batch-size", "4", "--image-size", "32"]
     argv += ["--knn-every", "1", "--lr", "1e-6"]

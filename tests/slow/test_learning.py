@@ -43,10 +43,8 @@ def drawn():
 def test_shapes_are_learned(method, folder):  # noqa: F811
     """A few epochs of the preset, well above what an untrained encoder gives."""
     printed = succeed(method, *SHAPES, LEARN[method])
-    untrained, entry = (
-        load("run/checkpoint.pt")["baselines"]["untrained encoder"],
-        read_log("run")[-1],
-    )
+    untrained = load("run/checkpoint.pt")["baselines"]["untrained encoder"]
+    entry = read_log("run")[-1]
     learned = entry["knn_top1"]
     assert learned > untrained + 0.25
     for ablation, collapsed in ABLATIONS.items():
@@ -58,10 +56,8 @@ def test_shapes_are_learned(method, folder):  # noqa: F811
 @pytest.mark.parametrize("method", ABLATIONS)
 def test_without_what_prevents_it_a_method_collapses(method, folder):  # noqa: F811
     succeed(method, *SHAPES, "2")
-    untrained, entry = (
-        load("run/checkpoint.pt")["baselines"]["untrained encoder"],
-        read_log("run")[-1],
-    )
+    untrained = load("run/checkpoint.pt")["baselines"]["untrained encoder"]
+    entry = read_log("run")[-1]
     assert ABLATIONS[method](entry), entry
     if "carp" not in method.split():  # whose changing partitions teach the encoder all the same
         assert entry["knn_top1"] < untrained + 0.1  # far less than the whole method gains above
