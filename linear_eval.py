@@ -230,12 +230,17 @@ def every_seed(encoder, data, test, args):
             found = argparse.Namespace(scores=scores, train=train, test=queries, k=k)
             found.classifier, found.accuracies = classifier, {name: [] for name in scores}
         for name, value in scores.items():
-            top1, top5 = common.top_accuracies(value, queries.labels)
-            voters = k if name == "knn" else math.inf
-            top5 = top5 if voters >= min(5, len(data.classes)) else None  # k vote for k at most
             if name != "knn" or few or not found.accuracies[name]:  # the same for every seed
-                found.accuracies[name].append((top1, top5, balanced(value, queries.labels)))
+                voters = k if name == "knn" else math.inf
+                found.accuracies[name].append(accuracies(value, queries.labels, voters))
+    found.rank = rank_of(queries.images)
     return found
+
+
+def accuracies(scores, labels, voters):
+    """Top-1; top-5, or None where fewer voters name fewer classes; balanced top-1."""
+    top1, top5 = common.top_accuracies(scores, labels)
+    return top1, top5 if voters >= min(5, scores.shape[1]) else None, balanced(scores, labels)
 
 
 def balanced(scores, labels):
@@ -277,12 +282,19 @@ def random_encoder(args, data):
 
 
 def untrained(data, test, args):
-    """The accuracies of an untrained encoder of the same kind, a linear classifier's --cached."""
+    """What an untrained encoder of the same kind measures, a linear classifier's --cached."""
     print(f"an untrained {args.arch}, for comparison")
     like = {"cached": args.protocol == "linear", "seeds": 1, "checkpoint": "untrained"}
     args = argparse.Namespace(**vars(args) | like)
     encoder = random_encoder(args, data)[0].to(args.device, memory_format=torch.channels_last)
-    return every_seed(encoder.requires_grad_(False), data, test, args).accuracies
+    return every_seed(encoder.requires_grad_(False), data, test, args)
+
+
+def pixel_neighbours(data, test, args):
+    """Accuracies of nearest neighbours by the pixels themselves: the baseline without a network."""
+    splits = [features_of(common.pixels(args), split, args, data) for split in (data.train, test)]
+    votes, k = common.knn_votes(splits[0].spread(args.knn_bank), splits[1], len(data.classes), args)
+    return accuracies(votes, splits[1].labels, k)
 
 
 def mean_and_interval(values):
@@ -295,9 +307,10 @@ def mean_and_interval(values):
     return float(values.mean()), half
 
 
-def table(measured, plain, data, args):
-    """Prints the table; returns the same for the JSON object. plain: of an untrained encoder."""
-    rows, result = [], {"knn_k": measured.k}
+def table(measured, plain, pixels, data, args):
+    """Prints the table; returns the same for the JSON object. plain: an untrained encoder measured,
+    or None; pixels: their accuracies, or None."""
+    rows, result = [], {"knn_k": measured.k, "rank": measured.rank}
     before = ", before" * (args.protocol == "finetune")
     names = {"knn": f"kNN, k = {measured.k}{before}", "finetune": "finetuned"}
     names["linear"] = "linear" + ", cached" * args.cached
@@ -311,9 +324,12 @@ def table(measured, plain, data, args):
             remark = f"top-1 ± {half:.2%} (95 %; {len(found)} evaluations of one encoder)"
         rows.append((names[what], top1, top5, even, remark))
     names["linear"] = "linear, cached"
-    for what, ((top1, *others),) in plain.items():
+    for what, ((top1, *others),) in plain.accuracies.items() if plain else ():
         result["untrained_" + ("knn_" if what == "knn" else "") + "top1"] = top1
         rows.append((f"untrained: {names[what]}", top1, *others, ""))
+    if pixels:
+        result["pixel_knn_top1"] = pixels[0]
+        rows.append((f"pixels: kNN, k = {measured.k}", *pixels, ""))
     chance, labels = 1 / len(data.classes), data.test.labels
     result["majority"] = float(labels.bincount().max()) / len(labels)
     rows.append(("majority: the largest class", result["majority"], None, None, ""))
@@ -323,6 +339,9 @@ def table(measured, plain, data, args):
     for name, top1, top5, even, remark in rows:
         cells = [f"{'-' if x is None else f'{x:.2%}':>8}" for x in (top1, top5, even)]
         print(f"{name:{width}}{cells[0]}{cells[1]}  {cells[2]}  {remark}".rstrip())
+    before = f" (untrained {plain.rank:.1f})" if plain else ""
+    directions = measured.test.images.shape[1]
+    print(f"rank {measured.rank:.1f}{before}: of {directions} directions so many are in use")
     return result
 
 
@@ -333,12 +352,14 @@ INK, PALE, BLUE, ORANGE = "#222222", "#d8d8d8", "#005ab5", "#dc5f00"
 COLORS = """#4363d8 #e6194b #3cb44b #f58231 #911eb4 #42d4f4 #f032e6 #9a6324 #000000 #bfef45
     #469990 #fabed4 #808000 #800000 #ffe119 #000075 #a9a9a9 #dcbeff #aaffc3 #ffd8b1""".split()
 DASHES = "-", "--", ":", "-."
+CURVES = {"loss": "loss", "knn_top1": "kNN: share of test images", "z_std": "z_std: deviation of z"}
+CURVES |= {"z_rank": "z_rank: directions that z uses"}
 UNIT = ("simclr", "byol", "supcon", "tcl", "corinfomax")  # losses of normalised projections
 FRAMES = {True: {"ec": BLUE, "ls": "-"}, False: {"ec": ORANGE, "ls": (0, (2, 1))}}
 
 
 def draw_pictures(info, data, test, measured, args):
-    """The three pictures, by name. data.train: the images that measured.train has features of."""
+    """The four pictures, by name. data.train: the images that measured.train has features of."""
     of, classes = f"{named(info, args)}, {data.name}", [str(name) for name in data.classes]
     frozen = of + ", before fine-tuning" * (args.protocol == "finetune")
     labels, queries = test.labels.cpu(), measured.test.images
@@ -347,6 +368,12 @@ def draw_pictures(info, data, test, measured, args):
     theirs = images_at(data.train, nearest.flatten(), args).unflatten(0, nearest.shape)
     known = labels[chosen], theirs, data.train.labels.cpu()[nearest]
     yield "neighbors", neighbors_picture(images, *known, classes, f"{frozen}: nearest neighbours")
+
+    few = test.spread(1000)
+    points, coordinates = two_dimensions(measured.test.spread(1000).images.cpu(), args)
+    some = apart(points, 1 / 15)
+    shown = images_at(few, some, args), few.labels.cpu()[some], points[some]
+    yield "map", map_picture(*shown, classes, f"{frozen}: images by features", coordinates)
 
     curves = spectra(info, data, test, args)
     yield "spectrum", spectrum_picture(curves, f"{data.name}: spectrum of the covariance")
@@ -384,8 +411,35 @@ def nearest_images(test_features, test_labels, train_features, rows=10, count=8)
     return chosen, cosine.topk(min(count, cosine.shape[1])).indices.cpu()
 
 
+def two_dimensions(features, args):
+    """Points [N, 2] for features [N, F], from 0 to 1, and what the two coordinates are."""
+    if args.map == "tsne":
+        from sklearn.manifold import TSNE
+
+        perplexity = min(50, (len(features) - 1) / 3)  # S003 5.6
+        points = TSNE(perplexity=perplexity, random_state=args.seed).fit_transform(features.numpy())
+        points, names = torch.from_numpy(points), ["t-SNE, first", "t-SNE, second"]
+    else:
+        centred = (features - features.mean(0)).double()
+        variances, directions = torch.linalg.eigh(centred.T @ centred)
+        points, shares = centred @ directions[:, -2:].flip(1), variances / variances.sum()
+        names = [f"principal component, {shares[-i]:.0%} of the variance" for i in (1, 2)]
+    low, high = points.amin(0), points.amax(0)
+    return (points - low) / (high - low).clamp(min=1e-12), names
+
+
+def apart(points, least):
+    """Indices of some of the points [N, 2], in no order, any two `least` apart in a coordinate."""
+    first, *others = torch.randperm(len(points), generator=common.generator(0, "map", 0)).tolist()
+    found = [first]
+    for i in others:
+        if (points[found] - points[i]).abs().amax(1).min() >= least:
+            found.append(i)
+    return torch.tensor(found)
+
+
 def spectra(info, data, test, args):
-    """{panel: {label: spectrum [F]}} of the test images by an untrained encoder, the evaluated one
+    """{panel: {label: (spectrum [F], rank)}} of the test images by an untrained encoder, the evaluated one
     as it was saved, and those in --compare; projections where the run's checkpoint.pt is there, of
     length 1 where the method makes them so (S003 5.5)."""
     panels = {"representations": {}, "projections": {}}
@@ -402,12 +456,13 @@ def spectra(info, data, test, args):
         how = argparse.Namespace(**vars(args) | {"image_size": its["image_size"]})
         there = dataclasses.replace(data, mean=its["mean"], std=its["std"])
         h = common.encode(encoder, test, how, there)
-        panels["representations"][label] = spectrum(h)
+        panels["representations"][label] = spectrum(h), rank_of(h)
         if projector is not None:
             with torch.no_grad():
                 z = projector.to(args.device)(h)
             unit = its["method"].removesuffix("_self_supervised") in UNIT
-            panels["projections"][label] = spectrum(F.normalize(z) if unit else z)
+            z = F.normalize(z) if unit else z
+            panels["projections"][label] = spectrum(z), rank_of(z)
     return {panel: lines for panel, lines in panels.items() if lines}
 
 
@@ -421,6 +476,11 @@ def projector_beside(path, encoder):
     return its["projector"] if all(itertools.starmap(torch.equal, pairs)) else None
 
 
+def rank_of(features):
+    """How many directions are in use, as in the log of a run."""
+    return common.collapse_figures(features)["rank"]
+
+
 def spectrum(features):
     """Eigenvalues [F] of the covariance of features [N, F], the largest first, as shares of their
     sum; what is rounding is 0."""
@@ -430,23 +490,37 @@ def spectrum(features):
     return values / values.sum().clamp(min=1e-300)
 
 
-def new_figure(width, height, title, caption, panels=1, dpi=100):
+def new_figure(width, height, title, caption, rows=1, columns=1):
     """A figure of so many inches with a title above and a caption below its panels; and these."""
     from matplotlib.figure import Figure
 
-    figure = Figure((width, height), dpi=dpi, layout="constrained", facecolor="white")
+    figure = Figure((width, height), dpi=100, layout="constrained", facecolor="white")
     title = textwrap.fill(one_line(title), int(8 * width))
     caption = textwrap.fill(one_line(caption), int(12 * width))
     figure.suptitle(title, x=0.01, ha="left", fontsize=14)
     figure.supxlabel(caption, x=0.01, ha="left", fontsize=10)
-    return figure, figure.subplots(1, panels, squeeze=False)[0]
+    return figure, figure.subplots(rows, columns, squeeze=False).flatten()
 
 
 def one_line(text, most=400):
     """The text in one line, without its end where it is longer, and no formula to matplotlib."""
-    text = " ".join(text.encode(errors="replace").decode().split())
+    text = drawable(text)
     text = text if len(text) <= most else text[: most - 1].rstrip() + "…"
     return text.replace("$", r"\$")
+
+
+def drawable(text):
+    """The text in one line, of those letters alone that matplotlib's font has."""
+    from matplotlib.font_manager import FontProperties, findfont, get_font
+
+    font, text = get_font(findfont(FontProperties())), " ".join(text.split())
+    return "".join(letter for letter in text if font.get_char_index(ord(letter)))
+
+
+def short(classes, most):
+    """Names for a picture; the number of a class whose name it cannot show."""
+    whole = [name.split() and drawable(name) == " ".join(name.split()) for name in classes]
+    return [one_line(n, most) if whole[k] else f"class {k}" for k, n in enumerate(classes)]
 
 
 def neighbors_picture(images, labels, train_images, train_labels, classes, title):
@@ -455,6 +529,7 @@ def neighbors_picture(images, labels, train_images, train_labels, classes, title
     from matplotlib.patches import Rectangle
 
     (rows, count), same = train_labels.shape, train_labels == labels[:, None]
+    names = short(classes, 13)
     caption = "Left: test images. Then their nearest training images by the cosine of features; "
     caption += f"{int(same.sum())} of these {same.numel()}, {same.double().mean():.0%}, are of the "
     caption += "test image's class (blue, solid frames), the others not (orange, dashed)."
@@ -466,7 +541,7 @@ def neighbors_picture(images, labels, train_images, train_labels, classes, title
         x, y = column + 0.3 * (column > 0), 1.2 * row
         pixels = tiles[row, column].permute(1, 2, 0).cpu().numpy()
         axes.imshow(pixels, extent=(x, x + 0.8, y + 0.8, y))
-        name = one_line(classes[numbers[row, column]], 13)
+        name = names[numbers[row, column]]
         axes.text(x + 0.4, y + 0.88, name, fontsize=8, color=INK, ha="center", va="top")
         if column:
             frame = FRAMES[bool(same[row, column - 1])]
@@ -475,23 +550,50 @@ def neighbors_picture(images, labels, train_images, train_labels, classes, title
     return figure
 
 
+def map_picture(images, labels, points, classes, title, coordinates):
+    """Images, float [N, 3, S, S] in [0, 1], each at its point [N, 2], in a frame of its class's
+    colour."""
+    from matplotlib.patches import Patch, Rectangle
+
+    colored, side = len(classes) <= len(COLORS), 1 / 17
+    caption = "What the network takes for alike lies close together. Of images that would lie on "
+    caption += "each other one is shown. Frames: the class"
+    caption += "." if colored else f", but {len(classes)} are too many for colours."
+    figure, (axes,) = new_figure(11, 12, title, caption)
+    for image, label, (x, y) in zip(images, labels.tolist(), points.tolist(), strict=True):
+        pixels = image.clamp(0, 1).permute(1, 2, 0).cpu().numpy()
+        axes.imshow(pixels, extent=(x, x + side, y, y + side))
+        color = COLORS[label] if colored else PALE
+        axes.add_patch(Rectangle((x, y), side, side, lw=3, fill=False, ec=color))
+    axes.set(xlim=(-0.02, 1.08), ylim=(-0.02, 1.08), xticks=[], yticks=[])
+    axes.set(xlabel=coordinates[0], ylabel=coordinates[1])
+    if colored:
+        handles = [Patch(color=color) for color in COLORS[: len(classes)]]
+        where = {"loc": "lower left", "bbox_to_anchor": (0, 1), "frameon": False}
+        axes.legend(handles, short(classes, 24), ncols=5, **where)
+    return figure
+
+
 def spectrum_picture(curves, title):
-    """{panel: {label: spectrum [F]}} side by side, of the same look for the same label."""
+    """{panel: {label: (spectrum [F], rank)}}, of the same look for the same label."""
     labels = list(dict.fromkeys(itertools.chain(*curves.values())))
-    caption = "Shares of eigenvalues of the covariance, on the lower edge what is less, or zero. "
-    caption += "Effective dimension: exp of their entropy."
+    caption = "Along how many directions do features vary? Each one's share of the variance, the "
+    caption += (
+        "largest first; on the lower edge what is less, or zero. A fast fall: few directions "
+    )
+    caption += "carry all. Vertical lines: the rank, how many are in use (README: h_rank)."
     size = 7 * len(curves), 5.5 + 0.3 * len(labels)
-    figure, panels = new_figure(*size, title, caption, len(curves))
+    figure, panels = new_figure(*size, title, caption, columns=len(curves))
     for axes, (panel, lines) in zip(panels, curves.items(), strict=True):
-        for label, values in lines.items():
-            dimension = float(torch.special.entr(values).sum().exp())
-            text = f": effective dimension {dimension:.1f} of {len(values)}"
+        for label, (values, rank) in lines.items():
+            text = f": rank {rank:.1f} of {len(values)}"
             number = labels.index(label)
             how = {"color": COLORS[number % 9], "linestyle": DASHES[number % 4]}
-            ranks, values = range(1, len(values) + 1), values.clamp(min=1e-10)
-            axes.plot(ranks, values, label=one_line(label, 50) + text, **how)
+            numbers, values = range(1, len(values) + 1), values.clamp(min=1e-10)
+            axes.plot(numbers, values, label=one_line(label, 50) + text, **how)
+            axes.axvline(rank, lw=1, **how)
         axes.set(yscale="log", ylim=(1e-10, 1), title=panel)
-        axes.set(xlabel="rank of the eigenvalue", ylabel="share of the whole variance")
+        axes.set(xlabel="direction, by its variance", ylabel="share of the whole variance")
         axes.grid(color=PALE)
         axes.legend(loc="upper left", bbox_to_anchor=(0, -0.13), frameon=False, handlelength=4)
     return figure
@@ -506,7 +608,7 @@ def confusion_picture(counts, classes, title):
     known = mistakes.argsort(descending=True, stable=True)[:20].sort().values
     total, right = int(counts.sum()), int(counts.diag().sum())
     share = (counts / counts.sum(1, keepdim=True).clamp(min=1))[known][:, known]
-    names, n = [one_line(classes[k], 24) for k in known.tolist()], len(known)
+    names, n = [short(classes, 24)[k] for k in known.tolist()], len(known)
     title += f": {right / max(1, total):.1%} of {total} images correct"
     caption = "Percent of the images of a true class (blank: under 0.5). Black frames: correct."
     few = f" Of {len(counts)} classes the {n} most confused, so rows need not add up to 100."
@@ -527,10 +629,40 @@ def confusion_picture(counts, classes, title):
     return figure
 
 
+def curves(runs):
+    """Draws, in the first of the folders, curves.png from the log.jsonl of each."""
+    logs = {}
+    for path in (Path(run, "log.jsonl") for run in runs):
+        check(path.is_file(), f"{path}: no such file; --curves takes folders of runs")
+        with common.readable(path, "not a readable log"):
+            log = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+            logs[path.resolve().parent.name] = {  # of each figure, epochs and values
+                key: [(entry["epoch"], entry[key]) for entry in log if key in entry]
+                for key in CURVES
+            }
+        check(log, f"{path} is empty")
+    write_pictures([("curves", curves_picture(logs))], Path(runs[0]))
+
+
+def curves_picture(logs):
+    """{run: {figure: [(epoch, value)]}}, a panel for each of CURVES."""
+    caption = "Loss: to compare runs of one method alone. kNN: higher is better. Where z, the "
+    caption += "projections, collapse to a point, their deviation falls to 0 and their rank to 1."
+    size = 11, 9 + 0.3 * len(logs)
+    figure, panels = new_figure(*size, "Runs by epoch", caption, rows=2, columns=2)
+    for axes, (key, title) in zip(panels, CURVES.items(), strict=True):
+        for number, (run, figures) in enumerate(logs.items()):
+            how = {"color": COLORS[number % 9], "linestyle": DASHES[number % 4], "marker": "."}
+            axes.plot(*zip(*figures[key], strict=True), label=one_line(run, 50), **how)
+        axes.set(title=title, xlabel="epoch")
+        axes.grid(color=PALE)
+    panels[2].legend(loc="upper left", bbox_to_anchor=(0, -0.15), frameon=False, handlelength=4)
+    return figure
+
+
 def write_pictures(pictures, folder):
     for name, figure in pictures:
-        with common.atomic_write(folder / f"{name}.png") as file, warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # a letter that its font has not
+        with common.atomic_write(folder / f"{name}.png") as file:
             figure.savefig(file, format="png")
         print(f"{folder / name}.png")
 
@@ -838,7 +970,7 @@ PRESETS = {
 # fmt: off
 def parser():
     p, switch = common.Parser(__doc__.splitlines()[0], "evaluation"), argparse.BooleanOptionalAction
-    p.add_argument("--checkpoint", required=True, help="encoder.pt, checkpoint.pt, or: random")
+    p.add_argument("--checkpoint", help="encoder.pt, checkpoint.pt, or: random")
     p.add_argument("--key", help="a part of the encoder's prefix, where a file holds several")
     p.add_argument("--mean", type=float, nargs=3, help="of the channels; default: as for --std")
     p.add_argument("--std", type=common.positive, nargs=3, help="default: the file's, else assumed")
@@ -868,8 +1000,10 @@ def parser():
     p.add_argument("--augment", choices=AUGMENTS, default="crops", help="images, for a classifier")
     p.add_argument("--validation-fraction", type=common.fraction, default=0.0,
                    help="measure on this share of the training images, held out, instead of test")
-    p.add_argument("--untrained", action=switch, default=True, help="measure one, to compare with")
-    p.add_argument("--pictures", action="store_true", help="draw three; needs matplotlib")
+    p.add_argument("--untrained", action=switch, default=True, help="measure one, and pixels, too")
+    p.add_argument("--pictures", action="store_true", help="draw four; needs matplotlib")
+    p.add_argument("--map", choices=("pca", "tsne"), default="pca", help="tsne: needs scikit-learn")
+    p.add_argument("--curves", nargs="+", metavar="RUN", help="draw the logs of runs, no more")
     p.add_argument("--compare", nargs="+", default=[], help="more checkpoints for spectrum.png")
     return p
 # fmt: on
@@ -884,6 +1018,13 @@ def arguments():
         labels = load_encoder(known.checkpoint)[1]["method"] in LABELLED
         words += ["--recipe", "s004_labels"] * labels
     args = common.parse_args(parser(), PRESETS, "protocol", "recipe", argv=words)
+    check(args.checkpoint or args.curves, "--checkpoint is required: a file, or random")
+    needed = {"matplotlib": args.pictures or args.curves, "scikit-learn": args.map == "tsne"}
+    for package in filter(needed.get, needed):  # hours later would be a bad time to miss it
+        there = importlib.util.find_spec(package.replace("scikit-", "sk"))
+        check(there, f"the pictures need {package}: pip install {package}")
+    if args.curves:
+        return args
     args.checkpoint = str(file_of(args.checkpoint))
     linear, tuned = args.protocol == "linear", args.protocol == "finetune"
     check(not args.cached or linear, "--cached is for --protocol linear")
@@ -892,8 +1033,7 @@ def arguments():
     plain = args.features == "encoder"
     check(plain or not tuned and not args.export, "--features projector is not for that")
     check(args.pictures or not args.compare, "--compare is for --pictures")
-    there = importlib.util.find_spec("matplotlib")  # hours later would be a bad time to miss it
-    check(there or not args.pictures, "--pictures needs matplotlib: pip install matplotlib")
+    check(args.pictures or args.map == "pca", "--map is for --pictures")
     for path in args.compare:
         load_encoder(path)
     common.resolve_hardware(args)
@@ -907,6 +1047,7 @@ def the_encoder(args):
         encoder, info = load_encoder(args.checkpoint, **vars(args))
         print(f"{args.checkpoint}: {info['found']}")
     data = common.load_once(args)
+    print(*data.found, sep="\n")
     if untrained:
         check(args.features == "encoder", "--features projector needs a checkpoint.pt")
         encoder, info = random_encoder(args, data)
@@ -983,6 +1124,8 @@ def save(value, path):
 
 def main():
     args = arguments()
+    if args.curves:
+        return common.on_first(lambda: curves(args.curves))
     if args.export:
         return common.on_first(lambda: export(args))
     encoder, info, data = the_encoder(args)
@@ -997,10 +1140,12 @@ def main():
     start = time.time()
     measured = every_seed(encoder, data, test, args)
     seconds = round(time.time() - start, 1)
-    plain = untrained(data, test, args) if args.untrained and info["method"] != "untrained" else {}
+    other = args.untrained and info["method"] != "untrained"
+    plain = untrained(data, test, args) if other else None
+    pixels = pixel_neighbours(part, test, args) if args.untrained else None
     what = f"{named(info, args)}, {args.arch}, {args.stem} stem"
     print(f"\n{what}: {data.name}, {len(test)} {kind} images of {args.image_size} pixels")
-    figures = table(measured, plain, data, args)
+    figures = table(measured, plain, pixels, data, args)
     result = {"protocol": args.protocol, "dataset": data.name, "split": kind}
     result |= {"features": args.features, "cached": args.cached, "seeds": args.seeds}
     result |= {"label_fraction": args.label_fraction, "labelled_images": len(some), **figures}
