@@ -40,7 +40,7 @@ PROTOCOLS = {
     "knn": ["--protocol", "knn"],
     "finetune": ["--protocol", "finetune", "--epochs", "2"],
 }
-PICTURES = "neighbors", "spectrum", "confusion"
+PICTURES = "neighbors", "map", "spectrum", "confusion"
 
 
 def call(*argv):
@@ -139,10 +139,6 @@ def argv(tiny_run, toy_file, tmp_path, monkeypatch):
     return ["--checkpoint", "encoder.pt", "--dataset", "toy.pt", *CPU, "--no-untrained"]
 
 
-# --------------------------------------------------------------------------------------------------
-# What it prints and writes, and that the encoder comes out as it went in
-
-
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_output(protocol, run):
     shown = getattr(run, protocol)
@@ -230,10 +226,6 @@ def test_the_untrained_encoder_is_what_random_gives(argv, run):
     assert json.loads(written.read_text()) == alone
 
 
-# --------------------------------------------------------------------------------------------------
-# What the figures are measured on
-
-
 def test_validation_never_touches_the_test_images(argv, toy):
     """The same figures whatever the test split holds, and if there is none. In noise the nearest
     neighbour tells a class only where it is the image, so none was both held out and trained on."""
@@ -297,10 +289,6 @@ def test_small_classes_count(argv, toy):
     assert linear_eval.balanced(scores, UNEVEN) == pytest.approx(2 / 3)
 
 
-# --------------------------------------------------------------------------------------------------
-# Seeds
-
-
 def test_the_interval_over_seeds():
     """Student's t between minus and plus its half width has 95 % of the density."""
     for n in range(2, 11):
@@ -336,10 +324,6 @@ def test_neighbours_vote_alike_for_every_seed(argv):
     assert figures["knn_top5"] is None
     (row,) = (line for line in table if line.startswith("kNN, k = 2"))
     assert row.split()[-2] == "-"
-
-
-# --------------------------------------------------------------------------------------------------
-# Learning rates, recipes, standardisation
 
 
 @pytest.fixture
@@ -441,9 +425,6 @@ def test_presets(flags, method, epochs, batch, lr, crop_min, pad, policy, argv, 
     assert views.shape == (8, 3, 16, 16) and recipe.scale == (crop_min, 1.0)
 
 
-# --------------------------------------------------------------------------------------------------
-# The projector, transfer
-
 PROJECTORS = {
     "with batch norm": lambda b: SimCLR(b, 12, 6),
     "without biases": lambda b: BarlowTwins(b, 12, 6),
@@ -485,10 +466,6 @@ def test_transfer_keeps_the_encoders_size_and_statistics(argv, toy, monkeypatch)
     assert seen and all(given == (16, [0.5] * 3, [0.25] * 3) for given in seen)
 
 
-# --------------------------------------------------------------------------------------------------
-# Pictures: what is in them, by hand
-
-
 def random(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
@@ -515,7 +492,7 @@ def test_nearest_by_brute_force():
 @pytest.mark.parametrize("n", [50, 6, 1])
 def test_spectrum_is_that_of_the_covariance(n):
     features = random(n, 9) * torch.arange(1, 10) + 3
-    found = linear_eval.spectrum(features)
+    found, _ = linear_eval.spectrum(features)
     wanted = np.linalg.eigvalsh(np.cov(features.double().numpy().T)) if n > 1 else np.zeros(9)
     wanted = wanted[::-1].clip(0) / max(wanted.sum(), 1e-300)
     assert found.dtype == torch.float64 and found.shape == (9,) and found.min() >= 0
@@ -523,12 +500,13 @@ def test_spectrum_is_that_of_the_covariance(n):
     assert int((found > 0).sum()) == min(9, n - 1)  # rounding counts as nothing
 
 
-# --------------------------------------------------------------------------------------------------
-# Pictures: what is drawn
-
-
 def texts(figure):
     return [text.get_text() for text in figure.findobj(Text) if text.get_text()]
+
+
+def legend_of(figure):
+    legends = [axes.get_legend() for axes in figure.axes if axes.get_legend()]
+    return {text.get_text() for legend in legends for text in legend.get_texts()}
 
 
 def words(figure):
@@ -538,24 +516,30 @@ def words(figure):
 ODD = ["a $1 \\alpha$ bill", "\u72ac \udc80 \x07", "_under", "", "an animal that has four legs"]
 
 
-@pytest.mark.filterwarnings("ignore:Glyph")
-def test_odd_names_are_legible():
-    """They are drawn, headings whole and within the picture, and names do not overlap."""
-    images, labels = plain(30), torch.arange(30) % 5
+def drawn_pictures(classes, title):
+    """Each kind of picture, of few images in five classes."""
+    images, labels, points = plain(30), torch.arange(30) % 5, torch.rand(30, 2)
     some = images[:5], labels[:5], images[5:].unflatten(0, (5, 5)), labels[5:].view(5, 5)
-    title = "A heading of many words, such as this. " * 4
-    for figure in (
-        linear_eval.neighbors_picture(*some, ODD, title),
-        linear_eval.confusion_picture(torch.eye(5).long(), ODD, title),
-    ):
+    yield linear_eval.neighbors_picture(*some, classes, title)
+    yield linear_eval.confusion_picture(torch.eye(5).long(), classes, title)
+    yield linear_eval.map_picture(images, labels, points, ["x", "y"], classes, title)
+
+
+@pytest.mark.filterwarnings("error:Glyph")
+def test_odd_names_are_legible():
+    """They are drawn, headings whole and within the picture, and names do not overlap; a class
+    whose name the font lacks has its number."""
+    for figure in drawn_pictures(ODD, "A heading \u72ac of many words, such as this. " * 4):
         canvas = FigureCanvasAgg(figure)
         canvas.draw()
         width, height = canvas.get_width_height()
         assert words(figure).count("many words,") == 4
+        assert {"class 1", "_under", "class 3"} <= set(texts(figure)) | legend_of(figure)
         names = [text.get_window_extent() for text in figure.axes[0].texts]
         for box in itertools.chain(names, (text.get_window_extent() for text in figure.texts)):
             assert box.x0 > -1 and box.y0 > -1 and box.x1 < width + 1 and box.y1 < height + 1
         assert not any(a.overlaps(b) for a, b in itertools.combinations(names, 2))
+    assert linear_eval.short(["x" * 40, "\u72ac"], 24) == ["x" * 23 + "\u2026", "class 1"]
 
 
 def test_neighbours_are_framed_and_named():
@@ -565,38 +549,52 @@ def test_neighbours_are_framed_and_named():
     figure = linear_eval.neighbors_picture(*given, names, "Title")
     (axes,) = figure.axes
     for number, i in enumerate((0, 2, 3, 4, 1, 5, 6, 7)):  # each test image before its neighbours
-        pixels = axes.images[number].get_array()
-        assert np.allclose(pixels[0, 0], images[i, :, 0, 0], atol=0.01)
+        assert np.allclose(axes.images[number].get_array()[0, 0], images[i, :, 0, 0], atol=0.01)
     labels = [mine[0], *train_labels[0], mine[1], *train_labels[1]]
     assert [text.get_text() for text in axes.texts[:8]] == [names[label] for label in labels]
-    neighbours = axes.images[1:4] + axes.images[5:8]
-    same = [True, False, True, False, True, False]
-    for frame, image, right in zip(axes.patches, neighbours, same, strict=True):
-        left, _, _, top = image.get_extent()
-        assert 0 < left - frame.get_x() < 0.1 and 0 < top - frame.get_y() < 0.1
+    for frame, right in zip(axes.patches, [True, False, True, False, True, False], strict=True):
         color = linear_eval.BLUE if right else linear_eval.ORANGE
         assert to_hex(frame.get_edgecolor()) == color
         assert (frame.get_linestyle() in ("-", "solid")) == right  # not by colour alone
     assert "Title" in texts(figure) and "3 of these 6, 50%" in words(figure)
 
 
+def test_map():
+    """Images at their first principal components, none upon another, framed by class."""
+    features = random(300, 6) * torch.tensor([9, 5, 1, 1, 1, 1]) + 4
+    points, names = linear_eval.two_dimensions(features, argparse.Namespace(map="pca"))
+    u, s, _ = np.linalg.svd((features - features.mean(0)).numpy(), full_matrices=False)
+    for i in 0, 1:
+        assert abs(np.corrcoef(points[:, i], u[:, i])[0, 1]) > 0.9999
+        assert names[i].endswith(f" {s[i] ** 2 / (s**2).sum():.0%} of the variance")
+    assert points.min() == 0 and points.max() == 1
+    images, labels = plain(300), torch.arange(300) % 3
+    (axes,) = linear_eval.map_picture(images, labels, points, names, list("abc"), "Title").axes
+    places = [image.get_extent()[::2] for image in axes.images]
+    assert 20 < len(places) < 300
+    for image, frame, place in zip(axes.images, axes.patches, places, strict=True):
+        (i,) = [i for i, point in enumerate(points.tolist()) if np.allclose(point, place)]
+        assert np.allclose(image.get_array()[0, 0], images[i, :, 0, 0], atol=0.01)
+        assert to_hex(frame.get_edgecolor()) == to_hex(f"C{labels[i]}") and frame.get_xy() == place
+    for (a, b), (x, y) in itertools.combinations(places, 2):
+        assert max(abs(a - x), abs(b - y)) > axes.patches[0].get_width()
+
+
 def test_spectra_are_drawn_to_a_common_scale():
     shares = torch.tensor([10, 1, 0.1], dtype=torch.float64) / 11.1
     low = torch.cat([10.0 ** -torch.arange(31.0).double(), torch.zeros(9).double()])
-    curves = {"h": {"x": shares, "y": low}, "z": {"y": shares}}
+    curves = {"h": {"x": (shares, 1.5), "y": (low, 2.5)}, "z": {"y": (shares, 3.5)}}
     figure = linear_eval.spectrum_picture(curves, "Title")
     first, second = figure.axes
     assert first.get_yscale() == "log" and first.get_ylim() == second.get_ylim()
-    assert first.get_ylim() == pytest.approx((1e-10, 1))  # ten decades at most
-    x, y = first.get_lines()[:2]
+    x, x_rank, y, y_rank = first.get_lines()
     assert x.get_xdata().tolist() == [1, 2, 3] and np.allclose(x.get_ydata(), shares)
-    assert np.allclose(y.get_ydata(), low.clamp(min=1e-10), atol=0)
+    assert np.allclose(y.get_ydata(), low.clamp(min=1e-10), atol=0)  # ten decades at most
+    assert [*x_rank.get_xdata(), *y_rank.get_xdata()] == [1.5, 1.5, 2.5, 2.5]
     assert x.get_color() != y.get_color() and x.get_linestyle() != y.get_linestyle()
     assert second.get_lines()[0].get_color() == y.get_color()  # the same label, the same colour
-    assert {"Title", "h", "z", "share of the whole variance"} <= set(texts(figure))
-    dimension = math.exp(-sum(float(s) * math.log(s) for s in shares))
-    assert f"x: effective dimension {dimension:.1f} of 3" in texts(figure)
-    assert "on the lower edge what is less" in words(figure)
+    assert {"Title", "h", "z", "x: rank 1.5 of 3"} <= set(texts(figure))
+    assert "A fast fall: few directions carry all" in words(figure)
 
 
 def test_confusion_shows_shares_of_the_true_class():
@@ -609,29 +607,50 @@ def test_confusion_shows_shares_of_the_true_class():
     for text in axes.texts:
         column, row = text.get_position()
         assert text.get_text() == f"{100 * share[row, column]:.0f}"
-        assert (text.get_color() == "white") == (share[row, column] > 0.5)
     assert len(axes.texts) == 15  # none for nothing
     assert [label.get_text() for label in axes.get_yticklabels()] == list("abcd")
     assert f"Title: {(60 + 900 + 43 + 70) / 1300:.1%} of 1300 images correct" in words(figure)
-    assert {"true class", "predicted class"} <= set(texts(figure))
-
-
-def test_of_many_classes_the_most_confused_are_shown():
-    counts = torch.diag(torch.arange(50) * 1000)  # right: no matter
+    counts = torch.diag(torch.arange(50) * 1000)  # of many, the most confused
     for k in range(20, 40):
         counts[k, 0] = counts[1, k] = 3
-    names = [f"class_{i}" for i in range(50)]
-    figure = linear_eval.confusion_picture(counts, names, "")
+    figure = linear_eval.confusion_picture(counts, [f"class_{i}" for i in range(50)], "")
     shown = [label.get_text() for label in figure.axes[0].get_xticklabels()]
-    assert shown == [names[k] for k in (0, 1, *range(20, 38))]  # the first of equals
+    assert shown == [f"class_{k}" for k in (0, 1, *range(20, 38))]  # the first of equals
     assert "Of 50 classes the 20 most confused" in words(figure)
+
+
+def test_curves(tmp_path, monkeypatch):
+    """Of what each log has, by epoch, written to the first folder; no dataset is looked for."""
+    monkeypatch.chdir(tmp_path)
+    logs = {"new": [{"epoch": 1, "loss": 3, "z_std": 0.5, "z_rank": 7}, {"epoch": 2, "loss": -1}]}
+    logs["old"] = [{"epoch": 4, "loss": 2, "knn_top1": 0.25}]
+    for name, log in logs.items():
+        Path(name).mkdir()
+        Path(name, "log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in log))
+    status, out, err = call("--curves", "new", "old/")
+    assert (status, err, out.splitlines()[-1]) == (0, "", "new/curves.png")
+    assert Image.open("new/curves.png").format == "PNG"
+    figure = linear_eval.curves_picture(["new", "old/"])
+    found = [[line.get_xydata().tolist() for line in axes.get_lines()] for axes in figure.axes]
+    assert found == [[[[1, 3], [2, -1]], [[4, 2]]], [[[4, 0.25]]], [[[1, 0.5]]], [[[1, 7]]]]
+    assert {"new", "old", "loss", "epoch"} <= set(texts(figure)) | legend_of(figure)
+    for content, message in (
+        ("", "is empty"),
+        ("{", "not a readable log"),
+        ("[]\n", "not a readable"),
+    ):
+        Path("old/log.jsonl").write_text(content)
+        assert f"old/log.jsonl: {message}".replace(": is", " is") in refused(
+            "--curves", "new", "old"
+        )
+    assert "nowhere/log.jsonl: no such file" in refused("--curves", "nowhere")
 
 
 def test_pictures_show_what_was_measured(argv, monkeypatch):
     """The matrix counts what the figure counts; spectra are of the encoder as it was saved, at the
     size and with the statistics that were given, and of the same run's projector."""
     drawn = {}
-    for kind in "confusion", "spectrum", "neighbors":
+    for kind in "confusion", "spectrum", "neighbors", "map":
         note = lambda *given, kind=kind: drawn.update({kind: given})  # noqa: E731
         monkeypatch.setattr(linear_eval, f"{kind}_picture", note)
     monkeypatch.setattr(linear_eval, "write_pictures", lambda pictures, folder: None)
@@ -656,12 +675,11 @@ def test_pictures_show_what_was_measured(argv, monkeypatch):
             if panel == "projections":  # SimCLR's loss is of normalised ones
                 features = torch.nn.functional.normalize(features)
             expected = torch.linalg.eigvalsh(features.T.double().cov()).flip(0)[:8]
-            found = curves[panel]["simclr, epoch 2"][:8]
-            torch.testing.assert_close(found / found[0], expected / expected[0], rtol=1e-3, atol=0)
-
-
-# --------------------------------------------------------------------------------------------------
-# What is an encoder
+            found, rank = curves[panel]["simclr, epoch 2"]
+            wanted = expected / expected[0]
+            torch.testing.assert_close(found[:8] / found[0], wanted, rtol=1e-3, atol=0)
+            wanted = common.collapse_figures(features)["rank"]
+            assert rank == pytest.approx(wanted, rel=1e-3)
 
 
 def same(weights):
@@ -839,10 +857,6 @@ def test_stems_that_weights_do_not_show(padding, pool, argv):
     with torch.no_grad():
         for found in encoder, exported:
             torch.testing.assert_close(found(x), network(x), rtol=1e-4, atol=1e-4)
-
-
-# --------------------------------------------------------------------------------------------------
-# What is refused, each in one line
 
 
 def changed(**change):
