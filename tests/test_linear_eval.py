@@ -11,7 +11,6 @@ import itertools
 import json
 import math
 import re
-import runpy
 import shutil
 import sys
 import types
@@ -154,6 +153,12 @@ def test_output(protocol, run):
     untrained = [line for line in shown.table if line.startswith("untrained: ")]
     assert f" {figures['untrained_knn_top1']:.2%} " in untrained[0]
     assert name != "linear" or f" {figures['untrained_top1']:.2%} " in untrained[1]
+    assert (
+        "toy: 64 training images, 4 classes, 32 test images, 16x16 pixels, in memory" in shown.table
+    )
+    rank = next(line for line in shown.table if line.startswith("rank: "))
+    assert f"use {figures['rank']:.1f} of 512 directions" in rank
+    assert rows["pixels"][0] == f"{figures['pixel_knn_top1']:.2%}"
     written = run.folder / f"{name}_{'cached_' * (protocol == 'cached')}toy.json"
     assert json.loads(written.read_text()) == figures
     pictures = {run.folder / f"{name}.png" for name in PICTURES if protocol == "cached"}
@@ -163,6 +168,27 @@ def test_output(protocol, run):
         with Image.open(path) as picture:
             picture.load()
             assert picture.format == "PNG" and min(picture.size) > 400
+
+
+def test_baselines_by_hand(run, toy_file):
+    """Neighbours among pixels as the encoder sees them, voting as the features' do; the rank of
+    features is that in a run's log."""
+    data = common.load_dataset(toy_file)
+    encoder, info = linear_eval.load_encoder(run.folder / "encoder.pt")
+    sides = [common.evaluation_view(split.images, 16, info["mean"], info["std"])
+             for split in (data.train, data.test)]  # fmt: skip
+    bank, x = (torch.nn.functional.normalize(side.flatten(1)) for side in sides)
+    votes, k = torch.zeros(32, 4), run.knn.figures["knn_k"]
+    for i, cosines in enumerate(x @ bank.T):
+        for j in cosines.argsort(descending=True)[:k]:
+            votes[i, data.train.labels[j]] += (cosines[j] / 0.1).exp()
+    right = (votes.argmax(1) == data.test.labels).double().mean()
+    with torch.no_grad():
+        rank = common.collapse_figures(encoder(sides[1]))["rank"]
+    for protocol in PROTOCOLS:
+        figures = getattr(run, protocol).figures
+        assert figures["pixel_knn_top1"] == pytest.approx(float(right))
+        assert figures["rank"] == pytest.approx(rank, rel=1e-3)
 
 
 def test_the_front_page_shows_how_to_use_it(run, tmp_path, monkeypatch, capsys):
@@ -263,13 +289,6 @@ def test_few_labels(argv):
     assert few.images[:5].tolist() == [139, 281, 324, 356, 422]  # as torch's generator has it
 
 
-def test_a_class_without_images(argv, toy):
-    data = toy()
-    labels = torch.where(data["train"]["labels"] == 2, 1, data["train"]["labels"])
-    torch.save(data | {"train": data["train"] | {"labels": labels}}, "toy.pt")
-    assert "classes without a training image, such as c\n" in refused(*argv, *PROTOCOLS["knn"])
-
-
 UNEVEN = torch.tensor([0] * 90 + [1] * 7 + [2] * 3)  # for a hundred images
 
 
@@ -304,7 +323,8 @@ def test_the_interval_over_seeds():
 
 
 def test_seeds_are_runs_of_their_own(argv):
-    """--seeds 2 at seed 5 has the figures of seed 5 and of seed 6, each alone."""
+    """--seeds 2 at seed 5 has the figures of seed 5 and of seed 6, each alone; with all labels
+    neighbours vote alike for every seed; and k of them vote for k classes at most."""
     flags = [*argv, *"--protocol finetune --epochs 1 --label-fraction 0.5".split()]
     table, figures = evaluate(*flags, "--seed", "5", "--seeds", "2")
     alone = [evaluate(*flags, "--seed", seed)[1] for seed in ("5", "6")]
@@ -315,15 +335,9 @@ def test_seeds_are_runs_of_their_own(argv):
         assert half == pytest.approx(12.706 * abs(alone[0][key] - alone[1][key]) / 2)
         assert f"top-1 ± {half:.2%} (95 %; 2 evaluations of one encoder)" in "\n".join(table)
     assert alone[0] != alone[1] and "knn_top1_ci95" not in alone[0]
-
-
-def test_neighbours_vote_alike_for_every_seed(argv):
-    """So with all labels theirs has no interval; and k of them vote for k classes at most."""
-    table, figures = evaluate(*argv, *PROTOCOLS["cached"], "--seeds", "2", "--knn-k", "2")
+    _, figures = evaluate(*argv, *PROTOCOLS["cached"], "--seeds", "2", "--knn-k", "2")
     assert "knn_top1_ci95" not in figures and "top1_ci95" in figures
     assert figures["knn_top5"] is None
-    (row,) = (line for line in table if line.startswith("kNN, k = 2"))
-    assert row.split()[-2] == "-"
 
 
 @pytest.fixture
@@ -489,12 +503,12 @@ def test_nearest_by_brute_force():
     assert labels[chosen].tolist() == list(range(0, 100, 10))
 
 
-@pytest.mark.parametrize("n", [50, 6, 1])
+@pytest.mark.parametrize("n", [50, 6])
 def test_spectrum_is_that_of_the_covariance(n):
     features = random(n, 9) * torch.arange(1, 10) + 3
     found, _ = linear_eval.spectrum(features)
-    wanted = np.linalg.eigvalsh(np.cov(features.double().numpy().T)) if n > 1 else np.zeros(9)
-    wanted = wanted[::-1].clip(0) / max(wanted.sum(), 1e-300)
+    wanted = np.linalg.eigvalsh(np.cov(features.double().numpy().T))[::-1]
+    wanted = wanted.clip(0) / wanted.sum()
     assert found.dtype == torch.float64 and found.shape == (9,) and found.min() >= 0
     assert np.allclose(found, wanted, atol=1e-9)
     assert int((found > 0).sum()) == min(9, n - 1)  # rounding counts as nothing
@@ -575,7 +589,8 @@ def test_map():
     for image, frame, place in zip(axes.images, axes.patches, places, strict=True):
         (i,) = [i for i, point in enumerate(points.tolist()) if np.allclose(point, place)]
         assert np.allclose(image.get_array()[0, 0], images[i, :, 0, 0], atol=0.01)
-        assert to_hex(frame.get_edgecolor()) == to_hex(f"C{labels[i]}") and frame.get_xy() == place
+        assert to_hex(frame.get_edgecolor()) == to_hex(f"C{labels[i]}")
+        assert list(frame.get_xy()) == list(place)
     for (a, b), (x, y) in itertools.combinations(places, 2):
         assert max(abs(a - x), abs(b - y)) > axes.patches[0].get_width()
 
@@ -634,15 +649,9 @@ def test_curves(tmp_path, monkeypatch):
     found = [[line.get_xydata().tolist() for line in axes.get_lines()] for axes in figure.axes]
     assert found == [[[[1, 3], [2, -1]], [[4, 2]]], [[[4, 0.25]]], [[[1, 0.5]]], [[[1, 7]]]]
     assert {"new", "old", "loss", "epoch"} <= set(texts(figure)) | legend_of(figure)
-    for content, message in (
-        ("", "is empty"),
-        ("{", "not a readable log"),
-        ("[]\n", "not a readable"),
-    ):
+    for content, message in ("", " is empty"), ("{", ": not a readable log"):
         Path("old/log.jsonl").write_text(content)
-        assert f"old/log.jsonl: {message}".replace(": is", " is") in refused(
-            "--curves", "new", "old"
-        )
+        assert f"old/log.jsonl{message}" in refused("--curves", "new", "old")
     assert "nowhere/log.jsonl: no such file" in refused("--curves", "nowhere")
 
 
@@ -721,10 +730,6 @@ def counted(weights):
     return sequential(3)(weights) | counts
 
 
-def without_counters(weights):
-    return {name: value for name, value in weights.items() if "num_batches" not in name}
-
-
 def below(prefix, weights):
     return {prefix + name: value for name, value in weights.items()}
 
@@ -734,7 +739,6 @@ LAYOUTS = {  # small stem?, how layers are named, the encoder's prefix, those of
     "torchvision": (False, same, "", {}),
     "Barlow Twins": (False, same, "module.backbone.", {}),
     "lightly, Lightning": (False, sequential(4), "backbone.", {}),
-    "lightly, ImageNet": (False, same, "backbone._orig_mod.", {"teacher_backbone.": 0.5}),
     "lightly, DINO": (False, same, "student_backbone.", {"backbone.": 0.5}),
     "lightly, CIFAR": (True, lambda w: sequential(2)(shortcut(w)), "backbone.", {}),
     "solo-learn": (True, same, "backbone.", {"momentum_backbone.": 0.5}),
@@ -742,10 +746,8 @@ LAYOUTS = {  # small stem?, how layers are named, the encoder's prefix, those of
     "Tuned-Contrastive": (True, shortcut, "", {"model.": 1}),
     "leftthomas": (True, counted, "f.", {}),
     "PyTorch-BYOL": (False, sequential(4), "online.encoder.", {"target.encoder.": 0.5}),
-    "MoCo": (False, same, "module.encoder_q.", {"module.encoder_k.": 0.5}),
     "averages": (True, same, "net.", {"average.net.": 0.5, "lagging.": 2}),
     "Hugging Face": (False, hugging_face, "resnet.", {}),
-    "no counters": (False, without_counters, "", {}),
 }
 
 
@@ -783,7 +785,6 @@ def test_public_layouts(layout, arch, monkeypatch):
     if layout == "lightly, CIFAR":  # three places for convolution, norm and nothing else
         network = copy.deepcopy(network)
         network.relu = torch.nn.Identity()
-        assert "no max-pool and no ReLU" in info["found"]
     with torch.no_grad():
         torch.testing.assert_close(encoder(images), network(images), rtol=1e-4, atol=1e-4)
     assert not encoder.training
@@ -797,7 +798,7 @@ def test_evaluating_somebody_elses_encoder(argv):
     argv[1] = "theirs.pth"
     table, figures = evaluate(*argv, "--protocol", "knn")
     assert ("theirs.pth: resnet18, small stem, under 'model.module.backbone.': all of its 120 "
-            "tensors; ignored: model.module 3") in table  # fmt: skip
+            "tensors; ignored: 3, such as model.module.projector.0.bias") in table  # fmt: skip
     assert any(line.startswith("assumed: image_size 16, mean (0.5") for line in table)  # the data's
     assert (figures["method"], figures["epoch"]) == ("theirs.pth", 12)
     assert json.loads(Path("knn_toy_theirs.json").read_text()) == figures
@@ -851,7 +852,7 @@ def test_stems_that_weights_do_not_show(padding, pool, argv):
     flags = [f"--stem-padding={padding}", f"--{'no-' * (not pool)}stem-max-pool"] * (padding or 0)
     argv[1] = "theirs.pth"
     status, out, err = call(*argv, *flags, "--export", "mine.pt")
-    assert (status, err) == (0, "") and ("solo-learn's CIFAR models" in out) == (padding is None)
+    assert (status, err) == (0, "") and ("stem_padding 1" in out) == (padding is None)
     exported, known = linear_eval.load_encoder("mine.pt")
     assert known["assumed"] == [] and known["method"] == "theirs.pth"
     with torch.no_grad():
@@ -874,24 +875,20 @@ def several_convolutions():
 
 NO_ENCODER = {
     "no weights": (lambda: {"state": 1}, "no convolution of three channels"),
-    "a list": (lambda: [1, 2], "no convolution"),
-    "by number": (lambda: encoder_dict(state_dict={0: torch.zeros(2)}), "no convolution"),
     "a weight missing": (lambda: changed(bn1__running_mean=None), "1 tensors .* bn1.running_mean"),
     "a wrong shape": (lambda: changed(bn1__bias=torch.zeros(63)), "1 tensors .* bn1.bias"),
-    "no tensor": (lambda: changed(bn1__bias="heavy"), "1 tensors .* bn1.bias"),
     "sparse": (lambda: changed(bn1__bias=torch.zeros(64).to_sparse()), "1 tensors .* bn1.bias"),
-    "on meta": (lambda: changed(bn1__bias=torch.zeros(64, device="meta")), "1 tensors .* bn1.bias"),
     "gates": (lambda: changed(layer1__0__se__fc1=torch.zeros(4, 64)), "too many: layer1.0.se.fc1"),
-    "a stem of several": (several_convolutions, "conv1.' has .*; its stem is an nn.Sequential"),
-    "blur-pool": (lambda: changed(maxpool__1__filt=torch.zeros(64, 1, 3, 3)), "filt; .* blur-pool"),
+    "a stem of several": (several_convolutions, "only torchvision's own ResNets"),
+    "blur-pool": (
+        lambda: changed(maxpool__1__filt=torch.zeros(64, 1, 3, 3)),
+        "1 tensors .* maxpool.1.filt",
+    ),
     "padding": (lambda: encoder_dict(stem_padding=-1), "unusable"),
     "another arch": (lambda: encoder_dict(arch="resnet19"), "resnet18 by .*, not 'resnet19'"),
     "stem of a wrong type": (lambda: encoder_dict(stem=3), "stem is imagenet by .*, not 3"),
-    "half a pixel": (lambda: encoder_dict(image_size=32.5), "unusable .* size"),
-    "one channel": (lambda: encoder_dict(mean=[0.5]), "unusable statistics"),
     "std of zero": (lambda: encoder_dict(std=[0.0] * 3), "unusable statistics"),
     "a mean beyond floats": (lambda: encoder_dict(mean=[10**400] * 3), "unusable statistics"),
-    "a mean that is none": (lambda: encoder_dict(mean=[math.nan] * 3), "unusable statistics"),
 }
 
 
@@ -909,13 +906,15 @@ REFUSALS = {
     "--checkpoint nowhere.pt": "nowhere.pt: no such file",
     "--checkpoint folder": "folder/encoder.pt: no such file",
     "--dataset single.pt": "single has a single class",
+    "--dataset lacks.pt": "classes without a training image at --label-fraction 1: 1",
+    "--curves --map tsne": "--curves: expected at least one argument",
     "--export toy.pt": "toy.pt is there already",
     "--export new.pt --features projector": "not for that",
     "--checkpoint random --features projector": "needs a checkpoint.pt",
     "--features projector --protocol finetune": "not for that",
     "--dataset no_test.pt": "no_test has no test split: hold images out",
     "--protoco knn": "--protoco",
-    "--label-fraction 0.02": "--label-fraction 0.02 leaves 4 classes without an image",
+    "--label-fraction 0.02": "without a training image at --label-fraction 0.02: 4",
     "--validation-fraction 0.01": "--validation-fraction 0.01 leaves a part empty",
     "--image-size 4": "--image-size",
     "--cached --lr 1e38": "loss not finite in epoch",
@@ -935,6 +934,7 @@ def test_refusals(flags, argv, toy, tmp_path):
     torch.save({key: value for key, value in data.items() if key != "test"}, "no_test.pt")
     one = {name: {**data[name], "labels": data[name]["labels"] * 0} for name in ("train", "test")}
     torch.save({**one, "classes": ["a"]}, "single.pt")
+    torch.save(data | {"classes": list("abcde")}, "lacks.pt")
     before = files_in(tmp_path)
     assert REFUSALS[flags] in refused(*argv, *flags.split())
     assert files_in(tmp_path) == before
@@ -948,45 +948,29 @@ def test_images_without_labels_are_refused(argv):
         linear_eval.the_images(data, argparse.Namespace(validation_fraction=0))
 
 
-def test_a_missing_matplotlib_is_said_early(argv, monkeypatch):
-    monkeypatch.setattr(linear_eval.importlib.util, "find_spec", lambda name: None)
-    assert "pip install matplotlib" in refused(*argv, "--pictures")
+@pytest.mark.parametrize("package", ["matplotlib", "scikit-learn"])
+def test_a_missing_package_is_said_early(package, argv, monkeypatch):
+    lacks = lambda name: name != package.replace("scikit-", "sk")  # noqa: E731
+    monkeypatch.setattr(linear_eval.importlib.util, "find_spec", lacks)
+    assert f"need {package}: pip install {package}" in refused(*argv, "--pictures", "--map", "tsne")
 
 
 class Net(torch.nn.Linear):
     """An object in a file, of a library that is not there."""
 
 
-STRANGE = {  # what the file holds: what it is, and what to do
-    b"\n<!DOCTYPE html>": "a web page: download",
-    b"version https://git-lfs.github.com/spec/v1\noid sha256:0": "git lfs pull",
-    b"\x08\x07\x12\x07pytorch\x1a\x03": "an ONNX model: take",
-    b"These are no weights.": "is damaged, or no checkpoint; .* state_dict",
-    "script": "is TorchScript; .* state_dict",
-    "module": "holds .*Net.* state_dict",
-}
-
-
-@pytest.mark.parametrize("content", STRANGE)
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_strange_files_are_called_by_name(content, tmp_path):
-    path = tmp_path / "odd.pt"
+@pytest.mark.parametrize("content", ["text", "script", "module"])
+@pytest.mark.filterwarnings("ignore:.torch.jit")
+def test_strange_files_are_refused(content, tmp_path):
+    """In one line that says what would be taken, and nothing of how to run what is in them."""
+    path, message = tmp_path / "odd.pt", r"odd.pt: .*state_dict.*damaged"
     if content == "script":
         torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), path)
     elif content == "module":
         torch.save(Net(2, 2), path)
+        message = "state_dict.*it holds .*Net, which is no plain value; nothing was run"
     else:
-        path.write_bytes(content)
-    with pytest.raises(common.InputError, match=STRANGE[content]) as line:
+        path.write_text("These are no weights.")
+    with pytest.raises(common.InputError, match=message) as line:
         linear_eval.load_encoder(path)
     assert "\n" not in str(line.value) and "weights_only" not in str(line.value)
-
-
-def test_ctrl_c_has_no_advice(argv, monkeypatch, capsys):
-    monkeypatch.setattr(common, "load_once", mock.Mock(side_effect=KeyboardInterrupt))
-    with (
-        mock.patch.object(sys, "argv", ["linear_eval.py", *argv]),
-        pytest.raises(SystemExit) as end,
-    ):
-        runpy.run_path(linear_eval.__file__, run_name="__main__")
-    assert (end.value.code, capsys.readouterr().err) == (130, "interrupted\n")
