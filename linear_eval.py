@@ -282,7 +282,6 @@ def baselines(info, data, test, args):
     if info["method"] != "untrained":
         found["untrained"] = random_encoder(args, data)[0], args.protocol
     for name, (encoder, protocol) in found.items():
-        print(f"{name}, for comparison")
         like = {"protocol": protocol, "cached": protocol == "linear", "seeds": 1}
         like = argparse.Namespace(**vars(args) | like)
         encoder = encoder.to(args.device, memory_format=torch.channels_last).requires_grad_(False)
@@ -398,6 +397,7 @@ def two_dimensions(features, args):
     if args.map == "tsne":
         from sklearn.manifold import TSNE
 
+        check(len(features) > 3, f"--map tsne: {len(features)} images are too few")
         perplexity = min(50, (len(features) - 1) / 3)  # S003 5.6
         points = TSNE(perplexity=perplexity, random_state=args.seed).fit_transform(features.numpy())
         points, names = torch.from_numpy(points), ["t-SNE, first", "t-SNE, second"]
