@@ -1892,7 +1892,7 @@ def write_json(value, path) -> None:
 def load_file(path):
     """torch.load with weights_only=True, so that no file can run code; InputError if it fails."""
     check(Path(path).is_file(), f"{path}: no such file")
-    odd = "not a file that torch.load(weights_only=True) accepts"
+    odd = "no file of plain values, as torch.save(model.state_dict(), FILE) writes"
     with readable(path, odd), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # whatever torch finds odd is refused or not used
         return torch.load(path, map_location="cpu", weights_only=True)
@@ -1910,7 +1910,7 @@ def readable(path, problem):
         code = re.search(r"GLOBAL (\S+)", str(error))  # which torch.load refuses to run
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         reason = f"it holds {code[1]}, which is no plain value; nothing was run" if code else reason
-        reason = re.sub(r"\x1b\[\d*m", "", reason)
+        reason = re.sub(r"\x1b\[\d*m|.*[Ww]eights.only.*", "", reason) or "or damaged"
         raise InputError(f"{path}: {problem} ({reason})") from None
 
 

@@ -27,11 +27,11 @@ anything, take --validation-fraction, which measures on held-out training images
 Run: python linear_eval.py --checkpoint runs/simclr_cifar10_resnet18/encoder.pt --dataset cifar10
 
 --checkpoint takes what the training scripts save, any other file with a whole ResNet, or: random.
-Chapters: protocols, what a table says, pictures, whose encoder a file holds, command line.
 """
 
 import argparse
 import collections
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -44,7 +44,6 @@ import re
 import sys
 import textwrap
 import time
-import warnings
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -257,11 +256,11 @@ def features_of(encoder, split, args, data):
 
 def labelled(split, fraction, num_classes, seed):
     """The images whose labels may be used, `fraction` of each class: 500 of CIFAR-10 for .01."""
-    if fraction == 1:
-        return split
-    split = split.take(drawn(split, fraction, num_classes, seed, "labels")[0])
+    if fraction < 1:
+        split = split.take(drawn(split, fraction, num_classes, seed, "labels")[0])
     missing = num_classes - len(split.labels.unique())
-    check(not missing, f"--label-fraction {fraction} leaves {missing} classes without an image")
+    none = f"classes without a training image at --label-fraction {fraction:g}: {missing}"
+    check(not missing, none)
     return split
 
 
@@ -276,13 +275,18 @@ def random_encoder(args, data):
     return network(info), info
 
 
-def untrained(data, test, args):
-    """The accuracies of an untrained encoder of the same kind, a linear classifier's --cached."""
-    print(f"an untrained {args.arch}, for comparison")
-    like = {"cached": args.protocol == "linear", "seeds": 1, "checkpoint": "untrained"}
-    args = argparse.Namespace(**vars(args) | like)
-    encoder = random_encoder(args, data)[0].to(args.device, memory_format=torch.channels_last)
-    return every_seed(encoder.requires_grad_(False), data, test, args).accuracies
+def baselines(info, data, test, args):
+    """What pixels themselves, and an untrained encoder of the same kind, measure: of these a linear
+    classifier is --cached. What is evaluated is not its own baseline."""
+    found = {"pixels": (common.pixels(args), "knn")}
+    if info["method"] != "untrained":
+        found["untrained"] = random_encoder(args, data)[0], args.protocol
+    for name, (encoder, protocol) in found.items():
+        like = {"protocol": protocol, "cached": protocol == "linear", "seeds": 1}
+        like = argparse.Namespace(**vars(args) | like)
+        encoder = encoder.to(args.device, memory_format=torch.channels_last).requires_grad_(False)
+        found[name] = every_seed(encoder, data, test, like)
+    return found
 
 
 def mean_and_interval(values):
@@ -295,9 +299,10 @@ def mean_and_interval(values):
     return float(values.mean()), half
 
 
-def table(measured, plain, data, args):
-    """Prints the table; returns the same for the JSON object. plain: of an untrained encoder."""
+def table(measured, others, data, args):
+    """Prints the table; returns the same for the JSON object. others: baselines, by name."""
     rows, result = [], {"knn_k": measured.k}
+    result |= {"rank": common.collapse_figures(measured.test.images)["rank"]}
     before = ", before" * (args.protocol == "finetune")
     names = {"knn": f"kNN, k = {measured.k}{before}", "finetune": "finetuned"}
     names["linear"] = "linear" + ", cached" * args.cached
@@ -311,9 +316,11 @@ def table(measured, plain, data, args):
             remark = f"top-1 ± {half:.2%} (95 %; {len(found)} evaluations of one encoder)"
         rows.append((names[what], top1, top5, even, remark))
     names["linear"] = "linear, cached"
-    for what, ((top1, *others),) in plain.items():
-        result["untrained_" + ("knn_" if what == "knn" else "") + "top1"] = top1
-        rows.append((f"untrained: {names[what]}", top1, *others, ""))
+    for name, found in others.items():
+        for what, ((top1, *rest),) in found.accuracies.items():
+            key = f"{name.removesuffix('s')}_{'knn_' * (what == 'knn')}top1"
+            result[key] = top1
+            rows.append((f"{name}: {names[what]}", top1, *rest, ""))
     chance, labels = 1 / len(data.classes), data.test.labels
     result["majority"] = float(labels.bincount().max()) / len(labels)
     rows.append(("majority: the largest class", result["majority"], None, None, ""))
@@ -323,6 +330,7 @@ def table(measured, plain, data, args):
     for name, top1, top5, even, remark in rows:
         cells = [f"{'-' if x is None else f'{x:.2%}':>8}" for x in (top1, top5, even)]
         print(f"{name:{width}}{cells[0]}{cells[1]}  {cells[2]}  {remark}".rstrip())
+    print(f"rank: features use {result['rank']:.1f} of {measured.test.images.shape[1]} directions")
     return result
 
 
@@ -330,23 +338,27 @@ def table(measured, plain, data, args):
 # Pictures: what is in them, computed from features; then matplotlib's figures, which alone need it
 
 INK, PALE, BLUE, ORANGE = "#222222", "#d8d8d8", "#005ab5", "#dc5f00"
-COLORS = """#4363d8 #e6194b #3cb44b #f58231 #911eb4 #42d4f4 #f032e6 #9a6324 #000000 #bfef45
-    #469990 #fabed4 #808000 #800000 #ffe119 #000075 #a9a9a9 #dcbeff #aaffc3 #ffd8b1""".split()
 DASHES = "-", "--", ":", "-."
+CURVES = {"loss": "loss", "knn_top1": "kNN accuracy on test images"}
+CURVES |= {"z_std": "z_std: spread of projections", "z_rank": "z_rank: directions in use"}
 UNIT = ("simclr", "byol", "supcon", "tcl", "corinfomax")  # losses of normalised projections
-FRAMES = {True: {"ec": BLUE, "ls": "-"}, False: {"ec": ORANGE, "ls": (0, (2, 1))}}
 
 
 def draw_pictures(info, data, test, measured, args):
-    """The three pictures, by name. data.train: the images that measured.train has features of."""
+    """The four pictures, by name. data.train: the images that measured.train has features of."""
     of, classes = f"{named(info, args)}, {data.name}", [str(name) for name in data.classes]
     frozen = of + ", before fine-tuning" * (args.protocol == "finetune")
     labels, queries = test.labels.cpu(), measured.test.images
     chosen, nearest = nearest_images(queries, labels, measured.train.images)
-    images = images_at(test, chosen, args)
-    theirs = images_at(data.train, nearest.flatten(), args).unflatten(0, nearest.shape)
+    images = images_at(test, chosen, args, data)
+    theirs = images_at(data.train, nearest.flatten(), args, data).unflatten(0, nearest.shape)
     known = labels[chosen], theirs, data.train.labels.cpu()[nearest]
     yield "neighbors", neighbors_picture(images, *known, classes, f"{frozen}: nearest neighbours")
+
+    few, points = test.spread(400), measured.test.spread(400).images.cpu()
+    shown = images_at(few, torch.arange(len(few)), args, data), few.labels.cpu()
+    where = two_dimensions(points, args)
+    yield "map", map_picture(*shown, *where, classes, f"{frozen}: test images by features")
 
     curves = spectra(info, data, test, args)
     yield "spectrum", spectrum_picture(curves, f"{data.name}: spectrum of the covariance")
@@ -364,14 +376,10 @@ def named(info, args=None):
     return f"{info['method']}{epoch}{', projector' * projector}"
 
 
-def images_at(split, index, args):
+def images_at(split, index, args, data):
     """Images of a split as the encoder sees them, but in [0, 1]: float [n, 3, S, S] for [n]."""
-    split = split.take(index)
-    images = split.images
-    if not split.in_memory:
-        stream = common.decode(split, [(i, None) for i in range(len(split))], 256, args)
-        images = torch.cat([crops[:, 0] for crops, _ in stream])
-    return common.evaluation_view(images, args.image_size, (0, 0, 0), (1, 1, 1))
+    plain = dataclasses.replace(data, mean=(0, 0, 0), std=(1, 1, 1))
+    return common.encode(nn.Identity(), split.take(index), args, plain)
 
 
 def nearest_images(test_features, test_labels, train_features, rows=10, count=8):
@@ -384,8 +392,26 @@ def nearest_images(test_features, test_labels, train_features, rows=10, count=8)
     return chosen, cosine.topk(min(count, cosine.shape[1])).indices.cpu()
 
 
+def two_dimensions(features, args):
+    """Points [N, 2] for features [N, F], from 0 to 1, and what the two coordinates are."""
+    if args.map == "tsne":
+        from sklearn.manifold import TSNE
+
+        check(len(features) > 3, f"--map tsne: {len(features)} images are too few")
+        perplexity = min(50, (len(features) - 1) / 3)  # S003 5.6
+        points = TSNE(perplexity=perplexity, random_state=args.seed).fit_transform(features.numpy())
+        points, names = torch.from_numpy(points), ["t-SNE, first", "t-SNE, second"]
+    else:
+        centred = (features - features.mean(0)).double()
+        variances, directions = torch.linalg.eigh(centred.T @ centred)
+        points, shares = centred @ directions[:, -2:].flip(1), variances / variances.sum()
+        names = [f"principal component, {shares[-i]:.0%} of the variance" for i in (1, 2)]
+    low, high = points.amin(0), points.amax(0)
+    return (points - low) / (high - low).clamp(min=1e-12), names
+
+
 def spectra(info, data, test, args):
-    """{panel: {label: spectrum [F]}} of the test images by an untrained encoder, the evaluated one
+    """{panel: {label: spectrum(...)}} of the test images by an untrained encoder, the evaluated one
     as it was saved, and those in --compare; projections where the run's checkpoint.pt is there, of
     length 1 where the method makes them so (S003 5.5)."""
     panels = {"representations": {}, "projections": {}}
@@ -423,30 +449,44 @@ def projector_beside(path, encoder):
 
 def spectrum(features):
     """Eigenvalues [F] of the covariance of features [N, F], the largest first, as shares of their
-    sum; what is rounding is 0."""
+    sum; what is rounding is 0. And the rank, of the same definition as in a run's log."""
     covariance = features.double().T.cov(correction=0)
     values = torch.linalg.eigvalsh(covariance).flip(0).cpu()
     values = values.where(values > 1e-12 * values[0], 0)
-    return values / values.sum().clamp(min=1e-300)
+    return values / values.sum().clamp(min=1e-300), common.collapse_figures(features)["rank"]
 
 
-def new_figure(width, height, title, caption, panels=1, dpi=100):
+def new_figure(width, height, title, caption, rows=1, columns=1):
     """A figure of so many inches with a title above and a caption below its panels; and these."""
     from matplotlib.figure import Figure
 
-    figure = Figure((width, height), dpi=dpi, layout="constrained", facecolor="white")
+    figure = Figure((width, height), dpi=100, layout="constrained", facecolor="white")
     title = textwrap.fill(one_line(title), int(8 * width))
     caption = textwrap.fill(one_line(caption), int(12 * width))
     figure.suptitle(title, x=0.01, ha="left", fontsize=14)
     figure.supxlabel(caption, x=0.01, ha="left", fontsize=10)
-    return figure, figure.subplots(1, panels, squeeze=False)[0]
+    return figure, figure.subplots(rows, columns, squeeze=False).flatten()
 
 
 def one_line(text, most=400):
     """The text in one line, without its end where it is longer, and no formula to matplotlib."""
-    text = " ".join(text.encode(errors="replace").decode().split())
+    text = drawable(text)
     text = text if len(text) <= most else text[: most - 1].rstrip() + "…"
     return text.replace("$", r"\$")
+
+
+def drawable(text):
+    """The text in one line, of those letters alone that matplotlib's font has."""
+    from matplotlib.font_manager import FontProperties, findfont, get_font
+
+    font, text = get_font(findfont(FontProperties())), " ".join(text.split())
+    return "".join(letter for letter in text if font.get_char_index(ord(letter)))
+
+
+def short(classes, most):
+    """Names for a picture; the number of a class whose name it cannot show."""
+    whole = [name.split() and drawable(name) == " ".join(name.split()) for name in classes]
+    return [one_line(n, most) if whole[k] else f"class {k}" for k, n in enumerate(classes)]
 
 
 def neighbors_picture(images, labels, train_images, train_labels, classes, title):
@@ -455,6 +495,7 @@ def neighbors_picture(images, labels, train_images, train_labels, classes, title
     from matplotlib.patches import Rectangle
 
     (rows, count), same = train_labels.shape, train_labels == labels[:, None]
+    names = short(classes, 13)
     caption = "Left: test images. Then their nearest training images by the cosine of features; "
     caption += f"{int(same.sum())} of these {same.numel()}, {same.double().mean():.0%}, are of the "
     caption += "test image's class (blue, solid frames), the others not (orange, dashed)."
@@ -466,32 +507,63 @@ def neighbors_picture(images, labels, train_images, train_labels, classes, title
         x, y = column + 0.3 * (column > 0), 1.2 * row
         pixels = tiles[row, column].permute(1, 2, 0).cpu().numpy()
         axes.imshow(pixels, extent=(x, x + 0.8, y + 0.8, y))
-        name = one_line(classes[numbers[row, column]], 13)
+        name = names[numbers[row, column]]
         axes.text(x + 0.4, y + 0.88, name, fontsize=8, color=INK, ha="center", va="top")
         if column:
-            frame = FRAMES[bool(same[row, column - 1])]
-            axes.add_patch(Rectangle((x - 0.04, y - 0.04), 0.88, 0.88, lw=3, fill=False, **frame))
+            color, style = (BLUE, "-") if same[row, column - 1] else (ORANGE, (0, (2, 1)))
+            how = {"lw": 3, "fill": False, "ec": color, "ls": style}
+            axes.add_patch(Rectangle((x - 0.04, y - 0.04), 0.88, 0.88, **how))
     axes.set(xlim=(-0.2, max(count + 1.3, 6)), ylim=(1.2 * rows, -0.2))
     return figure
 
 
+def map_picture(images, labels, points, coordinates, classes, title):
+    """Of images, float [N, 3, S, S] in [0, 1], those that do not lie on each other, each at its
+    point [N, 2] in a frame of its class's colour."""
+    from matplotlib.patches import Patch, Rectangle
+
+    colored, side, shown = len(classes) <= 10, 0.05, []  # matplotlib's colours: C0 to C9
+    caption = "Images that the network takes for alike lie close together; where one would lie on "
+    caption += "another, one is shown. "
+    caption += "Frames: the class." if colored else f"{len(classes)} classes: too many for colours."
+    figure, (axes,) = new_figure(11, 12, title, caption)
+    for i in torch.randperm(len(points), generator=common.generator(0, "map", 0)).tolist():
+        x, y = points[i].tolist()
+        if all(max(abs(x - a), abs(y - b)) > 1.15 * side for a, b in shown):
+            shown.append((x, y))
+            pixels = images[i].clamp(0, 1).permute(1, 2, 0).cpu().numpy()
+            axes.imshow(pixels, extent=(x, x + side, y, y + side))
+            color = f"C{labels[i]}" if colored else PALE
+            axes.add_patch(Rectangle((x, y), side, side, lw=3, fill=False, ec=color))
+    axes.set(xlim=(-0.02, 1.07), ylim=(-0.02, 1.07), xticks=[], yticks=[])
+    axes.set(xlabel=coordinates[0], ylabel=coordinates[1])
+    if colored:
+        handles = [Patch(color=f"C{k}") for k in range(len(classes))]
+        where = {"loc": "lower left", "bbox_to_anchor": (0, 1), "frameon": False}
+        axes.legend(handles, short(classes, 24), ncols=5, **where)
+    return figure
+
+
 def spectrum_picture(curves, title):
-    """{panel: {label: spectrum [F]}} side by side, of the same look for the same label."""
+    """{panel: {label: (spectrum [F], rank)}}, of the same look for the same label."""
     labels = list(dict.fromkeys(itertools.chain(*curves.values())))
-    caption = "Shares of eigenvalues of the covariance, on the lower edge what is less, or zero. "
-    caption += "Effective dimension: exp of their entropy."
+    caption = "Along how many directions do features vary? Each one's share of the variance, the "
+    caption += (
+        "largest first; on the lower edge what is less, or zero. A fast fall: few directions "
+    )
+    caption += "carry all. Vertical lines: the rank, which counts those in use."
     size = 7 * len(curves), 5.5 + 0.3 * len(labels)
-    figure, panels = new_figure(*size, title, caption, len(curves))
+    figure, panels = new_figure(*size, title, caption, columns=len(curves))
     for axes, (panel, lines) in zip(panels, curves.items(), strict=True):
-        for label, values in lines.items():
-            dimension = float(torch.special.entr(values).sum().exp())
-            text = f": effective dimension {dimension:.1f} of {len(values)}"
+        for label, (values, rank) in lines.items():
+            text = f": rank {rank:.1f} of {len(values)}"
             number = labels.index(label)
-            how = {"color": COLORS[number % 9], "linestyle": DASHES[number % 4]}
-            ranks, values = range(1, len(values) + 1), values.clamp(min=1e-10)
-            axes.plot(ranks, values, label=one_line(label, 50) + text, **how)
+            how = {"color": f"C{number}", "linestyle": DASHES[number % 4]}
+            numbers, values = range(1, len(values) + 1), values.clamp(min=1e-10)
+            axes.plot(numbers, values, label=one_line(label, 50) + text, **how)
+            axes.axvline(rank, lw=1, **how)
         axes.set(yscale="log", ylim=(1e-10, 1), title=panel)
-        axes.set(xlabel="rank of the eigenvalue", ylabel="share of the whole variance")
+        axes.set(xlabel="direction, by its variance", ylabel="share of the whole variance")
         axes.grid(color=PALE)
         axes.legend(loc="upper left", bbox_to_anchor=(0, -0.13), frameon=False, handlelength=4)
     return figure
@@ -499,16 +571,14 @@ def spectrum_picture(curves, title):
 
 def confusion_picture(counts, classes, title):
     """counts int64 [C, C] of images by true and predicted class; the 20 most confused of more."""
-    from matplotlib.patches import Rectangle
-
     wrong = counts - counts.diag().diag()
     mistakes = wrong.sum(0) + wrong.sum(1)  # in which a class takes part
     known = mistakes.argsort(descending=True, stable=True)[:20].sort().values
     total, right = int(counts.sum()), int(counts.diag().sum())
     share = (counts / counts.sum(1, keepdim=True).clamp(min=1))[known][:, known]
-    names, n = [one_line(classes[k], 24) for k in known.tolist()], len(known)
+    names, n = [short(classes, 24)[k] for k in known.tolist()], len(known)
     title += f": {right / max(1, total):.1%} of {total} images correct"
-    caption = "Percent of the images of a true class (blank: under 0.5). Black frames: correct."
+    caption = "Percent of the images of a true class (blank: under 0.5). Diagonal: correct."
     few = f" Of {len(counts)} classes the {n} most confused, so rows need not add up to 100."
     side = max(7, 3 + 0.45 * n)
     figure, (axes,) = new_figure(side, side + 0.6, title, caption + few * (n < len(counts)))
@@ -518,8 +588,6 @@ def confusion_picture(counts, classes, title):
         if value >= 0.005 or i == j:
             ink = "white" if value > 0.5 else INK
             axes.text(j, i, f"{100 * value:.0f}", color=ink, ha="center", va="center")
-        if i == j:
-            axes.add_patch(Rectangle((i - 0.5, i - 0.5), 1, 1, edgecolor=INK, lw=2, fill=False))
     axes.set(xlabel="predicted class", ylabel="true class")
     axes.set_xticks(range(n), names, rotation=90)
     axes.set_yticks(range(n), names)
@@ -527,10 +595,35 @@ def confusion_picture(counts, classes, title):
     return figure
 
 
+def curves_picture(runs):
+    """CURVES by epoch, of folders with a log.jsonl, as far as a log has them."""
+    caption = "Losses of different methods do not compare. kNN: higher is better. Where z, the "
+    caption += "projections, collapse to a point, z_std falls to 0; to a line, z_rank falls to 1."
+    figure, panels = new_figure(11, 9 + 0.15 * len(runs), "Runs by epoch", caption, 2, 2)
+    for number, path in enumerate(Path(run, "log.jsonl") for run in runs):
+        check(path.is_file(), f"{path}: no such file")
+        with common.readable(path, "not a readable log"):
+            log = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+            lines = [
+                [(entry["epoch"], entry[key]) for entry in log if key in entry] for key in CURVES
+            ]
+        check(log, f"{path} is empty")
+        how = {"color": f"C{number}", "linestyle": DASHES[number % 4], "marker": "."}
+        how["label"] = one_line(path.resolve().parent.name, 50)
+        for axes, points in zip(panels, lines, strict=True):
+            axes.plot(*zip(*points, strict=True), **how)
+    for axes, title in zip(panels, CURVES.values(), strict=True):
+        axes.set(title=title, xlabel="epoch")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(color=PALE)
+    where = {"loc": "upper left", "bbox_to_anchor": (0, -0.13), "frameon": False}
+    panels[2].legend(*panels[0].get_legend_handles_labels(), handlelength=4, ncols=2, **where)
+    return figure
+
+
 def write_pictures(pictures, folder):
     for name, figure in pictures:
-        with common.atomic_write(folder / f"{name}.png") as file, warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # a letter that its font has not
+        with common.atomic_write(folder / f"{name}.png") as file:
             figure.savefig(file, format="png")
         print(f"{folder / name}.png")
 
@@ -556,11 +649,6 @@ for _i in range(4):
 NAMES |= {"shortcut.convolution.": "downsample.0.", "shortcut.normalization.": "downsample.1."}
 NAMES |= {"shortcut.": "downsample."}
 COPIES = set("momentum k ema key teacher target average lagging".split())
-STRANGE = {  # how a file begins: what it is
-    rb"\s*<": "a web page: download the file itself",
-    rb"version https://git-lfs": "a git-lfs pointer: git lfs pull fetches the file itself",
-    rb"\x08.\x12": "an ONNX model: take the PyTorch checkpoint that it was made from",
-}
 
 
 def load_encoder(path, **overrides):
@@ -596,7 +684,7 @@ def load_encoder(path, **overrides):
     info["projector"] = layers = projector_of(chosen, tensors) if ours else None
     if overrides.get("features") == "projector":
         check(layers, f"{path}: no projector; --features projector takes a checkpoint.pt of ours")
-        info["found"] += f"; then the projector, {len(layers)} layers"
+        info["found"] += "; then the projector"
         encoder = nn.Sequential(collections.OrderedDict(encoder=encoder, projector=layers)).eval()
         encoder.num_features = layers[-1].out_features
     return encoder, info
@@ -621,23 +709,8 @@ def network(info):
 
 def read(path):
     """What torch.save wrote, of plain values alone; InputError for all else: no code is run."""
-    check(path.is_file(), f"{path}: no such file")
-    with path.open("rb") as file:
-        start = file.read(100)
-    for sign, what in STRANGE.items():
-        check(not re.match(sign, start, re.DOTALL), f"{path} is {what}")
-    try:
-        with warnings.catch_warnings(), torch.serialization.safe_globals(harmless()):
-            warnings.simplefilter("ignore")  # whatever torch finds odd is refused or not used
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, MemoryError):  # say nothing of what is in it
-        raise
-    except Exception as error:  # of many kinds, and torch's own advice is to run the code
-        held = re.search(r"GLOBAL (\S+)", str(error))
-        what = f"holds {held[1]}, no plain value" if held else "is damaged, or no checkpoint"
-        what = "is TorchScript" if "TorchScript" in str(error) else what
-        advice = "save the model's state_dict alone: torch.save(model.state_dict(), FILE)"
-        raise common.InputError(f"{path} {what}; nothing of it was run; {advice}") from None
+    with torch.serialization.safe_globals(harmless()):
+        return common.load_file(path)
 
 
 def harmless():
@@ -681,11 +754,7 @@ def choose(tensors, path, key):
     best = min(found, key=lambda one: len(one.wrong))
     text = f"{path}: no whole encoder: as a {best.arch}, what is under {best.prefix!r} has "
     text += f"{len(best.wrong)} tensors missing, misshapen or too many: {', '.join(best.wrong[:3])}"
-    if re.search(r"(^|\.)conv1\.$", best.prefix):
-        text += "; its stem is an nn.Sequential, and only one convolution is taken"
-    if best.wrong and best.wrong[0].endswith("filt"):
-        text += "; it has blur-pool, and only torchvision's own ResNets are taken"
-    check(not best.wrong, text)
+    check(not best.wrong, f"{text}; only torchvision's own ResNets are taken")
     whole = [one for one in found if not one.wrong]
     words = {one.prefix: set(re.split(r"[._]", one.prefix.lower())) for one in whole}
     whole = [one for one in whole if not words[one.prefix] & COPIES] or whole
@@ -731,8 +800,7 @@ def fitted(prefix, first, names, tensors):
     """The Candidate of the architecture of which the least is wrong."""
     shapes = {name: tensors[old].shape for name, old in names.items()}
     stem, found = "small" if shapes["conv1.weight"][2] == 3 else "imagenet", []
-    inside = [name for name in names if name.endswith(".filt")]  # blur-pool's, wherever it is
-    inside += [name for name in names if re.match(r"(conv1|bn1|layer\d)\.", name)]
+    inside = [name for name in names if re.match(r"(conv1|bn1|layer\d)\.|.*\.filt$", name)]
     for arch in common.ARCHITECTURES:
         expected = shapes_of(arch, stem)
         wrong = [name for name in inside if shapes[name] != expected.get(name)]
@@ -765,52 +833,40 @@ def completed(said, chosen, path, ours):
     info |= {name: default[name] for name in unsaid}
     known = STEM if ours or not small else STEM[1:] if numbered else STEM[2:]
     info["assumed"] = [name for name in unsaid if name not in known]
-    try:
-        values = torch.tensor([info["mean"], info["std"]], dtype=torch.float64)
-        right = values.shape == (2, 3) and values.isfinite().all() and min(values[1]) > 0
-    except (ValueError, TypeError, OverflowError, RuntimeError):
-        right = False
+    unusable = "unusable statistics or size; --mean, --std, --image-size replace them"
+    with common.readable(path, unusable):
+        values = torch.tensor([info["mean"], info["std"]], dtype=torch.float64).view(2, 3)
+    right = values.isfinite().all() and min(values[1]) > 0 and info["stem_padding"] in range(10)
     right = right and type(info["image_size"]) is int and 8 <= info["image_size"] <= 4096
-    right = right and info["stem_padding"] in range(10)
-    check(right, f"{path}: unusable statistics or size: --mean, --std, --image-size replace them")
+    check(right, f"{path}: {unusable}")
     info["mean"], info["std"] = values.tolist()
     return info
 
 
 def described(chosen, tensors):
     """What was taken of a file, and what was left."""
-    rest = sorted(tensors.keys() - chosen.names.values())
-    ignored = collections.Counter(".".join(name.split(".")[:2]) for name in rest).most_common()
+    rest = tensors.keys() - chosen.names.values()
     text = f"{chosen.arch}, {chosen.stem} stem, under {chosen.prefix!r}: all of its "
-    text += f"{len(chosen.names)} tensors; ignored: "
-    text += ", ".join(f"{name} {count}" for name, count in ignored) or "nothing"
-    if chosen.first in (2, 3):
-        text += f"; numbered: no max-pool{' and no ReLU' * (chosen.first == 2)} before layer 1"
-    return text
+    text += f"{len(chosen.names)} tensors; ignored: {len(rest)}"
+    return text + (f", such as {min(rest)}" if rest else "")
 
 
 def projector_of(chosen, tensors):
-    """Our own projector from its numbered tensors: a matrix is a Linear, a vector batch norm, a
-    number without tensors a ReLU. None where there is none like that."""
+    """Our own projector, common.mlp's, or None where there is none like that."""
     parent = chosen.prefix.removesuffix("backbone.")
-    starts = [f"{parent}projector.", f"{parent}head."]
-    start = next((start for start in starts if f"{start}0.weight" in tensors), None)
-    if start is None:
-        return None
-    parts = {k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)}
-    numbers = [int(name.split(".")[0]) for name in parts if re.match(r"\d{1,2}\.", name)]
-    layers = nn.Sequential(*(nn.ReLU() for _ in range(max(numbers) + 1)))
-    for i in set(numbers):
-        weight = parts.get(f"{i}.weight", torch.zeros(()))
-        if weight.ndim == 2:
-            layers[i] = nn.Linear(*weight.T.shape, bias=f"{i}.bias" in parts)
-        elif weight.ndim == 1:
-            layers[i] = nn.BatchNorm1d(len(weight))
-    try:
-        layers.load_state_dict(parts)
-    except RuntimeError:  # what is left, or of other shapes
-        return None
-    return layers.eval() if isinstance(layers[-1], nn.Linear) else None
+    for start in f"{parent}projector.", f"{parent}head.":
+        parts = {k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)}
+        matrices = {name: value for name, value in parts.items() if value.ndim == 2}
+        if "0.weight" not in matrices:
+            continue
+        widths = [matrices["0.weight"].shape[1], *map(len, matrices.values())]
+        last = next(reversed(matrices)).replace("weight", "bias")
+        biases = {"bias": "0.bias" in parts, "last_bias": last in parts}
+        layers = common.mlp(*widths, batch_norm="1.running_var" in parts, **biases)
+        with contextlib.suppress(RuntimeError):  # what is left, or of other shapes
+            layers.load_state_dict(parts)
+            return layers.eval()
+    return None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -838,7 +894,7 @@ PRESETS = {
 # fmt: off
 def parser():
     p, switch = common.Parser(__doc__.splitlines()[0], "evaluation"), argparse.BooleanOptionalAction
-    p.add_argument("--checkpoint", required=True, help="encoder.pt, checkpoint.pt, or: random")
+    p.add_argument("--checkpoint", help="encoder.pt, checkpoint.pt, or: random")
     p.add_argument("--key", help="a part of the encoder's prefix, where a file holds several")
     p.add_argument("--mean", type=float, nargs=3, help="of the channels; default: as for --std")
     p.add_argument("--std", type=common.positive, nargs=3, help="default: the file's, else assumed")
@@ -868,8 +924,10 @@ def parser():
     p.add_argument("--augment", choices=AUGMENTS, default="crops", help="images, for a classifier")
     p.add_argument("--validation-fraction", type=common.fraction, default=0.0,
                    help="measure on this share of the training images, held out, instead of test")
-    p.add_argument("--untrained", action=switch, default=True, help="measure one, to compare with")
-    p.add_argument("--pictures", action="store_true", help="draw three; needs matplotlib")
+    p.add_argument("--untrained", action=switch, default=True, help="measure one, and pixels, too")
+    p.add_argument("--pictures", action="store_true", help="draw four; needs matplotlib")
+    p.add_argument("--map", choices=("pca", "tsne"), default="pca", help="tsne: needs scikit-learn")
+    p.add_argument("--curves", nargs="+", metavar="RUN", help="draw the logs of runs, no more")
     p.add_argument("--compare", nargs="+", default=[], help="more checkpoints for spectrum.png")
     return p
 # fmt: on
@@ -884,6 +942,13 @@ def arguments():
         labels = load_encoder(known.checkpoint)[1]["method"] in LABELLED
         words += ["--recipe", "s004_labels"] * labels
     args = common.parse_args(parser(), PRESETS, "protocol", "recipe", argv=words)
+    check(args.checkpoint or args.curves, "--checkpoint is required: a file, or random")
+    needed = {"matplotlib": args.pictures or args.curves, "scikit-learn": args.map == "tsne"}
+    for package in filter(needed.get, needed):  # hours later would be a bad time to miss it
+        there = importlib.util.find_spec(package.replace("scikit-", "sk"))
+        check(there, f"the pictures need {package}: pip install {package}")
+    if args.curves:
+        return args
     args.checkpoint = str(file_of(args.checkpoint))
     linear, tuned = args.protocol == "linear", args.protocol == "finetune"
     check(not args.cached or linear, "--cached is for --protocol linear")
@@ -892,8 +957,7 @@ def arguments():
     plain = args.features == "encoder"
     check(plain or not tuned and not args.export, "--features projector is not for that")
     check(args.pictures or not args.compare, "--compare is for --pictures")
-    there = importlib.util.find_spec("matplotlib")  # hours later would be a bad time to miss it
-    check(there or not args.pictures, "--pictures needs matplotlib: pip install matplotlib")
+    check(args.pictures or args.map == "pca", "--map is for --pictures")
     for path in args.compare:
         load_encoder(path)
     common.resolve_hardware(args)
@@ -907,6 +971,7 @@ def the_encoder(args):
         encoder, info = load_encoder(args.checkpoint, **vars(args))
         print(f"{args.checkpoint}: {info['found']}")
     data = common.load_once(args)
+    print(*data.found, sep="\n")
     if untrained:
         check(args.features == "encoder", "--features projector needs a checkpoint.pt")
         encoder, info = random_encoder(args, data)
@@ -927,9 +992,6 @@ def say_assumed(info):
     assumed = info.get("assumed", ())
     if assumed:
         print("assumed:", ", ".join(f"{name} {info[name]}" for name in assumed))
-    if "stem_padding" in assumed:
-        print("solo-learn's CIFAR models have --stem-padding 2, and several of STL-10 and Tiny "
-              "ImageNet --stem-max-pool: weights do not show it")  # fmt: skip
 
 
 def export(args):
@@ -955,9 +1017,6 @@ def the_images(data, args):
     none = f"{data.name} has no test split: hold images out with --validation-fraction 0.1"
     check(data.test is not None, none)
     check(count > 1, f"{data.name} has a single class: nothing to tell apart")
-    missing = (data.train.labels.bincount(minlength=count) == 0).nonzero()[:3, 0].tolist()
-    some = ", ".join(str(data.classes[i]) for i in missing)
-    check(not missing, f"{data.name}: classes without a training image, such as {some}")
     return data, kind
 
 
@@ -983,6 +1042,9 @@ def save(value, path):
 
 def main():
     args = arguments()
+    if args.curves:
+        pictures = [("curves", curves_picture(args.curves))]
+        return common.on_first(lambda: write_pictures(pictures, Path(args.curves[0])))
     if args.export:
         return common.on_first(lambda: export(args))
     encoder, info, data = the_encoder(args)
@@ -997,10 +1059,10 @@ def main():
     start = time.time()
     measured = every_seed(encoder, data, test, args)
     seconds = round(time.time() - start, 1)
-    plain = untrained(data, test, args) if args.untrained and info["method"] != "untrained" else {}
+    others = baselines(info, data, test, args) if args.untrained else {}
     what = f"{named(info, args)}, {args.arch}, {args.stem} stem"
     print(f"\n{what}: {data.name}, {len(test)} {kind} images of {args.image_size} pixels")
-    figures = table(measured, plain, data, args)
+    figures = table(measured, others, data, args)
     result = {"protocol": args.protocol, "dataset": data.name, "split": kind}
     result |= {"features": args.features, "cached": args.cached, "seeds": args.seeds}
     result |= {"label_fraction": args.label_fraction, "labelled_images": len(some), **figures}
