@@ -1287,7 +1287,7 @@ def draw_shapes(labels, size, rng):
     radius = each(0.4, 0.48)
     u, v = u / radius, v / radius
     a, b = u.abs(), v.abs()
-    inside = [torch.hypot(u, v) < 0.82, a.maximum(b / 2) < 0.5]
+    inside = [torch.hypot(u, v) < 0.82, b.maximum(2.8 * a) < 0.95]
     inside += [torch.hypot(a - 0.52, v) < 0.5, torch.hypot(a - 0.5, b - 0.5) < 0.42]
     inside += [a.maximum(4 * b).minimum(b.maximum(4 * a)) < 1]
     inside = torch.stack(inside)[labels % 5, torch.arange(count)]
