@@ -1296,7 +1296,6 @@ def draw_shapes(labels, size, rng):
     half = -v.sign() * light_on_top * each(0.2, 0.45)  # light or dark, by the copy's contrast
     tint = torch.stack([each(-0.06, 0.06) for _ in range(3)], 1)
     image = 0.5 + inside[:, None] * (half[:, None] + tint)
-    image = image + uniform(-0.02, 0.02, 3, 1, 1)
     image = F.avg_pool2d(image, 2) + 0.1 * torch.randn(count, 3, size, size, generator=rng)
     return (image.clamp(0, 1) * 255).round().byte()
 
