@@ -136,7 +136,7 @@ PRESETS = {
         "color_strength": 0.5,
         "hidden_dim": 512,
         "dim": 512,
-        "knn_every": 4,
+        "knn_every": 1,
     },
 }
 

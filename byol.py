@@ -153,16 +153,15 @@ PRESETS = {
     "imagenet100": IMAGENET | {"epochs": 400, "batch_size": 256},
     "imagenet": IMAGENET | {"arch": "resnet50", "epochs": 100, "batch_size": 4096},  # deepmind
     "shapes": {  # ours: seconds an epoch on two cores
-        "epochs": 6,
+        "epochs": 8,
         "batch_size": 64,
         "stem": "imagenet",
         "optimizer": "adamw",
         "lr": 1e-3,
         "lr_scaling": "none",
-        "color_strength": 0.5,
         "hidden_dim": 1024,
-        "ema_decay": 0.96,  # there are 372 steps: the target has to move
-        "knn_every": 4,
+        "ema_decay": 0.96,  # there are 496 steps: the target has to move
+        "knn_every": 1,
     },
 }
 

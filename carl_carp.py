@@ -200,7 +200,7 @@ PRESETS = {
         "crop_min": 0.3,
         "blur": 0.0,
         "color_strength": 0.5,
-        "knn_every": 5,
+        "knn_every": 1,
     },
     "shapes carp": {"blur": 0.0},
 }

@@ -1378,18 +1378,19 @@ def read_image(path) -> Image.Image:
         return image.convert("RGB")
 
 
-TEXTURES = "striped checked dotted spoked ringed zigzag gridded blotched bricked plain".split()
-FIGURES = "disc square triangle ring cross".split()
-SHAPES = [f"{texture} {FIGURES[i % 5]}" for i, texture in enumerate(TEXTURES)]
+FIGURES = "disc|bar|two dots|four dots|cross".split("|")
+SHAPES = [f"{figure}, {top} on top" for top in ("light", "dark") for figure in FIGURES]
 
 
 def shapes(count: int, split: str, size: int = 32) -> dict:
-    """`count` images of ten classes, drawn: five figures, each with two textures of its own. The
-    same images for the same count and split, everywhere.
+    """`count` images of ten classes, drawn: rows of copies of one of five figures, each with a
+    light half on top and a dark one below, or the other way round. The same images for the same
+    count and split, everywhere.
 
-    Place, size, rotation, the texture's pitch and tones, tints and noise differ from image to
-    image. What a crop keeps and other images differ in, above all the mean color, is kept small: it
-    is what a method without negatives would learn first.
+    Where the copies are differs from image to image, so that no pixel means the same in two of
+    them. Light and dark exchanged leaves amplitude spectrum and histogram as they are, so these can
+    tell figures at most, half of the answer. Whatever else differs does so from copy to copy: a
+    crop has several, and what it shares with another crop of the image is little but the class.
     Returns {"images": uint8 [N, 3, size, size], "labels": int64 [N]}."""
     rng = generator(0, f"shapes {split}", count)
     labels = torch.randperm(count, generator=rng) % len(SHAPES)
@@ -1398,39 +1399,41 @@ def shapes(count: int, split: str, size: int = 32) -> dict:
 
 
 def draw_shapes(labels, size, rng):
-    count, every, tau = len(labels), torch.arange(len(labels)), 2 * math.pi
+    count, cells = len(labels), 6  # places for 6 rows of 6 copies, of which some three are seen
 
     def uniform(low, high, *shape):
         return torch.rand(count, *(shape or (1, 1)), generator=rng) * (high - low) + low
 
-    axis = (torch.arange(2 * size) + 0.5) / size - 1  # drawn at twice the size, then averaged
-    radius, pitch = uniform(0.9, 1.2), uniform(9, 13)
-    turn, tilt = uniform(-0.3, 0.3), uniform(-0.3, 0.3)
-    x = axis[None, None, :] - uniform(-0.2, 0.2)
-    y = axis[None, :, None] - uniform(-0.2, 0.2)
-    u = (x * turn.cos() + y * turn.sin()) / radius  # [N, 2 size, 2 size], in the figure's frame
-    v = (y * turn.cos() - x * turn.sin()) / radius
-    rho, far, near = torch.hypot(u, v), u.abs().maximum(v.abs()), u.abs().minimum(v.abs())
-    inside = [rho < 0.95, far < 0.85, v.maximum(0.866 * u.abs() - 0.5 * v) < 0.55]
-    inside += [(rho - 0.72).abs() < 0.33, (far < 1) & (near < 0.42)]
-    inside = torch.stack(inside)[labels % 5, every][:, None]  # [N, 1, 2 size, 2 size]
+    def turned(x, y, angle):
+        return x * angle.cos() + y * angle.sin(), y * angle.cos() - x * angle.sin()
 
-    s = (x * tilt.cos() + y * tilt.sin()) * pitch  # in the texture's frame
-    t = (y * tilt.cos() - x * tilt.sin()) * pitch
-    bricks = 0.7 * s + (t / tau).floor() % 2 * math.pi  # every second course shifted
-    light = [s.sin(), s.sin() * t.sin(), s.cos() + t.cos() - 0.7, (8 * torch.atan2(v, u)).sin()]
-    light += [(rho * radius * pitch).sin(), (s + 1.6 * t.sin().asin()).sin()]
-    light += [s.sin().maximum(t.sin()) - 0.75]
-    light += [(0.45 * s).sin() + (0.35 * t + 1).sin() + (0.3 * (s + t)).cos()]
-    light += [(t.sin() + 0.8).minimum(bricks.sin() + 0.85), torch.ones_like(s)]
-    light = (torch.stack(light)[labels, every] > 0)[:, None]
+    axis = (torch.arange(2 * size) + 0.5) / (2 * size) - 0.5  # at twice the size, then averaged
+    x, y = turned(axis[None, None, :], axis[None, :, None], uniform(-0.25, 0.25))
+    copies = uniform(2.7, 3.2)  # in a row
+    x, y = x * copies + uniform(2, 3), y * copies + uniform(2, 3)  # [N, 2 size, 2 size]
+    row = y.long()
+    shift = uniform(0, 1, cells)  # of the rows
+    x = x + shift.gather(1, row.flatten(1)).view_as(x)
+    copy = (row * cells + x.long()).flatten(1)  # that each point belongs to
 
-    sign = uniform(-1, 1, 1, 1, 1, 1).sign()  # which of the texture's two parts is the light one
-    tone = 0.5 + 0.25 * torch.cat([sign, -sign, 0 * sign], 1)  # of the two and of the background
-    color = 0.9 * tone + 0.1 * uniform(0, 1, 3, 3, 1, 1)
-    image = torch.where(light, color[:, 0], color[:, 1])
-    image = torch.where(inside, image, color[:, 2])
-    image = F.avg_pool2d(image, 2) + 0.25 * torch.randn(count, 3, size, size, generator=rng)
+    def each(low, high):  # a value for each copy
+        return uniform(low, high, cells * cells).gather(1, copy).view_as(x)
+
+    u, v = x.frac() - 0.5 - each(-0.12, 0.12), y.frac() - 0.5 - each(-0.12, 0.12)
+    u, v = turned(u, v, each(-0.4, 0.4))  # in the copy's frame
+    radius = each(0.4, 0.48)
+    u, v = u / radius, v / radius
+    a, b = u.abs(), v.abs()
+    inside = [torch.hypot(u, v) < 0.82, b.maximum(2.8 * a) < 0.95]
+    inside += [torch.hypot(a - 0.52, v) < 0.5, torch.hypot(a - 0.5, b - 0.5) < 0.42]
+    inside += [a.maximum(4 * b).minimum(b.maximum(4 * a)) < 1]
+    inside = torch.stack(inside)[labels % 5, torch.arange(count)]
+
+    light_on_top = torch.where(labels < 5, 1, -1)[:, None, None]
+    half = -v.sign() * light_on_top * each(0.2, 0.45)  # light or dark, by the copy's contrast
+    tint = torch.stack([each(-0.06, 0.06) for _ in range(3)], 1)
+    image = 0.5 + inside[:, None] * (half[:, None] + tint)
+    image = F.avg_pool2d(image, 2) + 0.1 * torch.randn(count, 3, size, size, generator=rng)
     return (image.clamp(0, 1) * 255).round().byte()
 
 
@@ -2054,7 +2057,8 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
         if not self.training:
             return super().forward(x)
         (whole,) = gather([x])
-        return mine(super().forward(whole.to(x.dtype)))
+        whole = super().forward(whole.to(x.dtype))
+        return mine(whole).clone()  # no view, which a ReLU in place could not change
 
     def _check_input_dim(self, x):
         pass

@@ -194,7 +194,7 @@ PRESETS = {
         "color_strength": 0.5,
         "blur": 0.0,
         "hidden_dim": 512,
-        "knn_every": 4,
+        "knn_every": 1,
     },
 }
 

@@ -130,7 +130,7 @@ PRESETS = {
         "lr": 1e-3,
         "lr_scaling": "none",
         "crop_min": 0.3,
-        "knn_every": 4,
+        "knn_every": 1,
     },
 }
 

@@ -151,6 +151,7 @@ SHAPES = {  # ours: seconds an epoch on two cores
     "augment": "simaugment",
     "color_strength": 0.5,
     "blur": 0.0,
+    "k1": 1.0,  # after 6 epochs kNN has 99 %, with 5000 68 %
     "epochs": 8,
     "batch_size": 128,
     "stem": "imagenet",

@@ -140,9 +140,11 @@ PRESETS = {
         "optimizer": "adamw",
         "lr": 1e-3,
         "lr_scaling": "none",
+        "crop_min": 0.3,
+        "color_strength": 0.5,
         "hidden_dim": 512,
         "dim": 512,
-        "knn_every": 4,
+        "knn_every": 1,
     },
 }
 
