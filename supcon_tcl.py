@@ -103,8 +103,7 @@ def pull_and_push(z, y, temperature=0.1, k1=0.0, k2=1.0):
 
 
 class SupConTCL(nn.Module):
-    """views -> backbone -> h -> projector, or a linear head -> z -> loss. self_supervised: y is not
-    read."""
+    """views -> backbone -> h -> projector or head -> z -> loss. self_supervised: y is not read."""
 
     def __init__(
         self, backbone, num_classes, loss="supcon", hidden_dim=512, dim=128,
@@ -158,7 +157,7 @@ SHAPES = {  # ours: seconds an epoch on two cores
     "optimizer": "adamw",
     "lr": 1e-3,
     "crop_min": 0.3,
-    "knn_every": 4,
+    "knn_every": 1,
 }
 PRESETS = {
     "default": {"augment": "autoaugment", "temperature": 0.1, "k1": 5000.0, "k2": 1.0}  # A.1
