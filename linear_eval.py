@@ -707,8 +707,21 @@ def network(info):
     return encoder
 
 
+STRANGE = {  # what a file begins with, or a file inside it is called: what it is
+    rb"\s*<": "a web page: download the file itself",
+    rb"version https://git-lfs": "a git-lfs pointer: git lfs pull fetches the file itself",
+    rb"\x08.\x12": "an ONNX model: take the PyTorch checkpoint that it was made from",
+    rb"PK.*/code/__torch__": "TorchScript: save the state_dict of the model that it was made from",
+}
+
+
 def read(path):
     """What torch.save wrote, of plain values alone; InputError for all else: no code is run."""
+    check(path.is_file(), f"{path}: no such file")
+    with path.open("rb") as file:
+        start = file.read(100_000)
+    for sign, what in STRANGE.items():
+        check(not re.match(sign, start, re.DOTALL), f"{path} is {what}")
     with torch.serialization.safe_globals(harmless()):
         return common.load_file(path)
 
@@ -992,6 +1005,8 @@ def say_assumed(info):
     assumed = info.get("assumed", ())
     if assumed:
         print("assumed:", ", ".join(f"{name} {info[name]}" for name in assumed))
+    if "stem_padding" in assumed:
+        print("solo-learn's CIFAR models need --stem-padding 2, several of others --stem-max-pool")
 
 
 def export(args):

@@ -949,18 +949,26 @@ class Net(torch.nn.Linear):
     """An object in a file, of a library that is not there."""
 
 
-@pytest.mark.parametrize("content", ["text", "script", "module"])
+STRANGE = {  # what the file holds: what it is, and what to do
+    b"\n<!DOCTYPE html>": "a web page: download",
+    b"version https://git-lfs.github.com/spec/v1\noid sha256:0": "git lfs pull",
+    b"\x08\x07\x12\x07pytorch\x1a\x03": "an ONNX model: take",
+    b"These are no weights.": "state_dict.*damaged",
+    "script": "is TorchScript: save the state_dict",
+    "module": "state_dict.*it holds .*Net, which is no plain value; nothing was run",
+}
+
+
+@pytest.mark.parametrize("content", STRANGE)
 @pytest.mark.filterwarnings("ignore:.torch.jit")
-def test_strange_files_are_refused(content, tmp_path):
-    """In one line that says what would be taken, and nothing of how to run what is in them."""
-    path, message = tmp_path / "odd.pt", r"odd.pt: .*state_dict.*damaged"
+def test_strange_files_are_called_by_name(content, tmp_path):
+    path = tmp_path / "odd.pt"
     if content == "script":
         torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), path)
     elif content == "module":
         torch.save(Net(2, 2), path)
-        message = "state_dict.*it holds .*Net, which is no plain value; nothing was run"
     else:
-        path.write_text("These are no weights.")
-    with pytest.raises(common.InputError, match=message) as line:
+        path.write_bytes(content)
+    with pytest.raises(common.InputError, match=STRANGE[content]) as line:
         linear_eval.load_encoder(path)
     assert "\n" not in str(line.value) and "weights_only" not in str(line.value)
