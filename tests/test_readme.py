@@ -4,6 +4,7 @@ import argparse
 import ast
 import functools
 import importlib
+import json
 import re
 import shlex
 import sys
@@ -148,6 +149,25 @@ def test_the_front_page_is_short_and_begins_with_a_result():
     result = re.findall(r"\*\*(\d+(?= s)|\S+ %)", head)
     [row] = [row for row in table_with("s", SECTIONS["Shapes"]) if "`python simclr.py`" in row]
     assert len(result) == 2 and set(result) <= set(row)
+
+
+def test_figures_of_shapes_are_those_of_the_logs():
+    """The journal's table, and the line Result of each method's file."""
+    runs = {}
+    for config in (ROOT / "tests/results/shapes_cpu").glob("*/config.json"):
+        about = json.loads(config.read_text())
+        runs[about["command"].removesuffix(" --dataset shapes")] = config.parent, about["commit"]
+    seconds = dict(map(str.split, (config.parents[1] / "seconds.txt").read_text().splitlines()))
+    rows = table_with("s", SECTIONS["Shapes"])
+    assert len(rows) == len(runs)
+    for _, _, figure, _, epochs, time, command, commit in rows:
+        folder, measured = runs[command.strip("`")]
+        last = json.loads((folder / "log.jsonl").read_text().splitlines()[-1])
+        assert figure == f"{last['knn_top1']:.1%}".replace("%", " %") and int(epochs) == last["epoch"]
+        assert time == f"{float(seconds[folder.name]):.0f}" and commit == measured
+        script = ROOT / command.strip("`").split()[1]
+        result = re.search(r"^Result:.*?\n\n", script.read_text(), re.M | re.S)[0]
+        assert {figure, f"{time} s", commit} <= set(re.findall(r"[\d.]+ [%s]|[0-9a-f]{7}", result))
 
 
 def test_the_front_page_quotes_the_journal():
