@@ -161,7 +161,7 @@ PRESETS = {
         "lr_scaling": "none",
         "hidden_dim": 1024,
         "ema_decay": 0.96,  # there are 496 steps: the target has to move
-        "knn_every": 4,
+        "knn_every": 1,
     },
 }
 

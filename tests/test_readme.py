@@ -163,7 +163,9 @@ def test_figures_of_shapes_are_those_of_the_logs():
     for _, _, figure, _, epochs, time, command, commit in rows:
         folder, measured = runs[command.strip("`")]
         last = json.loads((folder / "log.jsonl").read_text().splitlines()[-1])
-        assert figure == f"{last['knn_top1']:.1%}".replace("%", " %") and int(epochs) == last["epoch"]
+        assert (
+            figure == f"{last['knn_top1']:.1%}".replace("%", " %") and int(epochs) == last["epoch"]
+        )
         assert time == f"{float(seconds[folder.name]):.0f}" and commit == measured
         script = ROOT / command.strip("`").split()[1]
         result = re.search(r"^Result:.*?\n\n", script.read_text(), re.M | re.S)[0]
