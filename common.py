@@ -22,6 +22,7 @@ import contextlib
 import copy
 import ctypes
 import dataclasses
+import errno
 import hashlib
 import importlib.util
 import itertools
@@ -526,21 +527,23 @@ def projections(model, views, args) -> dict:
         return {}
     backbone, projector = copy.deepcopy((method.backbone, method.projector))
     concat = getattr(method, "concat_views", False)
-    with autocast(args):
-        h = forward_views(backbone, views, concat)
-        z = forward_views(projector, h, concat)
-    return {"z": torch.cat(gather(z)).float()}
+    z, size = [], args.batch_size // world_size()
+    for part in zip(*(view.split(size) for view in views), strict=True):
+        with autocast(args):
+            h = forward_views(backbone, part, concat)
+            z += forward_views(projector, h, concat)
+    return {"z": gather([torch.cat(z).float()])[0]}
 
 
 def verdict(entry, baselines):
     """In plain words what an epoch's figures say is wrong, or nothing."""
     if entry.get("z_std", entry["h_std"]) < 0.3:
         return "collapsed to a point: hardly any difference between images"
-    if entry.get("z_rank", entry["h_rank"]) < 4:
+    if entry.get("z_rank", entry["h_rank"]) < 4 and not entry.get("labels_used"):
         return "collapsed to a few directions"
     begun = entry["epoch"] <= 2  # when a healthy run may be there, too
-    if not begun and entry.get("knn_top1", 1) <= baselines.get("untrained encoder", 0):
-        return "not learning beyond its start: no better than an untrained encoder"
+    if not begun and entry.get("knn_top1", 1) <= next(iter(baselines.values()), 0):
+        return "not learning beyond its start"
     return ""
 
 
@@ -736,9 +739,9 @@ class Decoder(nn.Module):
 if sys.version_info < (3, 10):  # noqa: UP036
     sys.exit("Python 3.10 or newer is needed; this is " + sys.version.split()[0])
 
-BEGINNING = {".lock", "config.json", "views.png", "log.jsonl"}  # what comes before a checkpoint
-HERE = "resume out init device workers compile scaled_lr".split()  # not the run's to keep
-FREE = HERE + "dataset data_dir save_every knn_every knn_bank knn_k knn_temperature".split()
+BEGINNING = {".lock", "config.json", "views.png"}  # what comes before a checkpoint
+HERE = "resume out device workers compile scaled_lr".split()  # not the run's to keep
+FREE = HERE + "init dataset data_dir save_every knn_every knn_bank knn_k knn_temperature".split()
 
 
 class Run:
@@ -751,7 +754,8 @@ class Run:
         self.epoch = self.step = 0  # what is done
         self.sums = {}  # of loss and terms over the steps of the epoch, on the device
         self.log, self.baselines, self.saved_at = [], {}, time.time()
-        self.with_knn = args.knn_every > 0 and data.test is not None
+        self.with_knn = args.knn_every > 0 and data.test is not None and len(data.classes) > 1
+        self.known_by = on_first(lambda: recognition(data))
         self.progress, self.stop = Progress(args.epochs, steps, args.batch_size), StopSignals()
 
     def begin(self, augment):
@@ -764,11 +768,14 @@ class Run:
         on_first(self.lock)
         self.announce()
         if fresh:
+            if self.args.init:
+                load_initial(self.model, self.args)
             if self.args.resume:
                 print(f"{self.folder} has no checkpoint yet: from the beginning")
             on_first(lambda: write_json(describe(self.args), self.folder / "config.json"))
             on_first(lambda: save_views(self.data, augment, self.args, self.folder / "views.png"))
-            networks = {"untrained encoder": self.model.backbone, "pixels": pixels(self.args)}
+            start = "encoder of --init" if self.args.init else "untrained encoder"
+            networks = {start: self.model.backbone, "pixels": pixels(self.args)}
             for name, network in networks.items() if self.with_knn else ():
                 self.baselines[name] = knn_monitor(network, self.data, self.args)
         else:
@@ -788,9 +795,9 @@ class Run:
 
             try:
                 fcntl.lockf(self.locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except (BlockingIOError, PermissionError):
+            except OSError as error:  # of others: a file system without locks
                 wrong = f"{self.folder}: another process trains in it; give another --out"
-                raise InputError(wrong) from None
+                check(error.errno not in (errno.EAGAIN, errno.EACCES), wrong)
 
     def announce(self):
         """What will happen, in words. config.json has every setting."""
@@ -908,10 +915,9 @@ class Run:
             wrong = f"{path} was made with --{key.replace('_', '-')} {then}, not {now}"
             more = ", at whose end the learning rate is 0: for more, a new run with --init"
             check(now == then, wrong + (more if key == "epochs" else ": --resume needs the same"))
-        here = recognition(self.data)
         for what, then in saved["data"].items():
-            wrong = f"{path} was made with other data: {what} {then}, not {here[what]}"
-            check(here[what] == then, wrong)
+            here = self.known_by[what]
+            check(here == then, f"{path} was made with other data: {what} {then}, not {here}")
 
     def save(self):
         """checkpoint.pt has what is needed to go on, encoder.pt what is needed to use it. What is
@@ -927,7 +933,7 @@ class Run:
             return
         state = {"model": weights, "optimizer": self.optimizer.state_dict(), "sums": sums}
         state |= {"scaler": self.scaler.state_dict(), "log": self.log, "baselines": self.baselines}
-        state["data"] = recognition(self.data)
+        state["data"] = self.known_by
         previous = self.folder / "checkpoint.previous.pt"
         with atomic_write(self.folder / "checkpoint.pt", previous) as file:
             torch.save(state | self.about(), file)
@@ -1309,30 +1315,31 @@ def one_size(root, files):
 
 
 def folders_in(folder):
-    return sorted(inside.name for inside in folder.glob("*") if inside.is_dir() and seen(inside))
+    return sorted(x.name for x in folder.glob("*") if x.is_dir() and seen(x.name))
 
 
-def seen(path):
+def seen(name):
     """Whether a name is not one of those that systems leave behind."""
-    return not re.match(r"\.|__|thumbs\.db$|desktop\.ini$", path.name, re.IGNORECASE)
+    return not re.match(r"\.|__|thumbs\.db$|desktop\.ini$", name, re.IGNORECASE)
 
 
 def images_in(folder, classes, left_out) -> Split:
     """The images at any depth below the classes' folders, or in `folder` where there is no class.
     What is no image by its ending, or of no class, is counted in left_out."""
     images, labels, endings = [], [], Image.registered_extensions()
-    for file in sorted(folder.rglob("*")):
-        parents = itertools.takewhile(lambda parent: parent != folder, file.parents)
-        if file.is_dir() or not all(map(seen, [file, *parents])):
+    number = {name: i for i, name in enumerate(classes)}
+    walk = os.walk(folder, followlinks=True)  # classes may be links
+    for file in sorted(Path(place, name) for place, _, names in walk for name in names):
+        parts = file.relative_to(folder).parts
+        if not all(map(seen, parts)):
             continue
-        top = file.relative_to(folder).parts[0]
         if file.suffix.lower() not in endings:
             left_out[file.suffix.lower() or file.name] += 1
-        elif classes and top not in classes:
+        elif classes and parts[0] not in number:
             left_out["images outside the folders of classes"] += 1
         else:
             images.append(file)
-            labels.append(classes.index(top) if classes else -1)
+            labels.append(number.get(parts[0], -1))
     check(images, f"{folder}: no images here, or in folders of classes")
     return Split(images, torch.tensor(labels))
 
@@ -1352,7 +1359,8 @@ def annotated_images(folder, classes) -> Split:
 
 def size_of(path):
     with readable(path, "not a readable image"), Image.open(path) as image:
-        return image.size
+        turned = image.getexif().get(0x0112, 1) >= 5  # EXIF: by a quarter
+        return image.size[::-1] if turned else image.size
 
 
 def hold_in_memory(split, height, width):
@@ -1711,8 +1719,6 @@ def set_up(model, args):
         check(has, "--concat-views: this method has one way to pass its views, leave the flag out")
         model.concat_views = args.concat_views
     args.concat_views = getattr(model, "concat_views", None)
-    if args.init:
-        load_initial(model, args)
     if args.increase_mi:
         model = MutualInformation(model, args.increase_mi, args.mi_weight, args.image_size)
     model = synchronized(model, args)
@@ -1807,7 +1813,7 @@ def run(main) -> None:
         sys.exit(141)
     except (InputError, OSError, RuntimeError, MemoryError) as error:
         message = known_failure(error)
-    if rank() and "another process" not in message:
+    if rank() and "another process ended" not in message:
         time.sleep(5)  # the first process says what is wrong with all, and torchrun ends this one
     print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
     sys.exit(2)
@@ -1815,9 +1821,9 @@ def run(main) -> None:
 
 FAILURES = {  # what an error's name and text are known by, and what helps
     "TorchDynamoException": "torch.compile failed; --no-compile does without it",
-    "shared memory|Bus error|/torch_": "/dev/shm is full; --workers 0 does without it",
+    r"shared memory|Bus error|/torch_\d": "/dev/shm is full; --workers 0 does without it",
     "Too many open files|ancdata": "too many open files; raise `ulimit -n`, or take --workers 0",
-    "DataLoader worker": "a decoding worker was killed, as when memory is short; fewer --workers",
+    r"DataLoader worker \(pid": "a decoding worker was killed, for want of memory? fewer --workers",
     "DistError|DistBackendError|gloo": "another process ended, or was silent for long",
     "MemoryError|alloc": "out of memory; a smaller --batch-size may fit",
 }
@@ -1828,12 +1834,14 @@ def known_failure(error):
     lines = str(error).strip().splitlines() or [""]
     if isinstance(error, InputError):  # a DataLoader worker's is a traceback, our line its last
         return lines[-1].removeprefix("common.InputError: ")
-    text = " ".join([kind.__name__ for kind in type(error).__mro__] + lines)
+    said = getattr(error, "strerror", None) or str(error)  # without the name of a file
+    text = " ".join([kind.__name__ for kind in type(error).__mro__] + [said])
     for known, line in FAILURES.items():
         if re.search(known, text):
             return f"{line} ({lines[0]})"
     if isinstance(error, OSError):
-        return f"{error.filename or 'file system'}: {error.strerror or error}"
+        name = f"{error.filename}: " if error.filename else ""
+        return f"{name}{error.strerror or lines[-1]}"
     raise error
 
 
@@ -1858,15 +1866,19 @@ class StopSignals:
     def note(self, number, frame):
         if self.number is None and rank() == 0:
             with contextlib.suppress(OSError):  # print could fail where the terminal is gone
-                os.write(2, b"\nstopping after the step and saving\n")
-        self.number = number
+                os.write(2, b"\nstopping after the step and saving; Ctrl-C again: at once\n")
+        if self.number == number == signal.SIGINT and time.monotonic() - self.at > 1:
+            raise KeyboardInterrupt  # pressed again, where a step or an evaluation takes long
+        self.number, self.at = number, time.monotonic()
 
 
 def leave_signals_to_the_parent(worker):
     """A worker gets no signal of the terminal; it ends with its parent. SIGTERM is torch's."""
     if hasattr(os, "setpgid"):  # not on Windows
         os.setpgid(0, 0)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for name in "SIGINT", "SIGHUP", "SIGUSR1":
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 @contextlib.contextmanager
@@ -2081,7 +2093,6 @@ def distributed(model):
     """The model, its gradients averaged over the processes in the backward pass."""
     if world_size() == 1:
         return model
-    # Buffers are not sent around: every process computes the same.
     model = nn.parallel.DistributedDataParallel(model)
     model.broadcast_buffers = False  # every process computes the same
     return model

@@ -208,8 +208,8 @@ def main():
     name = args.loss if supervised else f"{args.loss}_self_supervised"
     data = common.prepare(args, name)
     if supervised:  # any unlabeled images stay out
-        unlabelled = f"{data.name}: no labels, which --loss {args.loss} needs: --self-supervised"
-        common.check(data.classes, unlabelled)
+        wrong = f"{data.name}: --loss {args.loss} needs labels, of two classes: --self-supervised"
+        common.check(len(data.classes) > 1, wrong)
         data = dataclasses.replace(data, pretrain=data.train)
         few = f"--batch-size {args.batch_size} exceeds the {len(data.train)} labelled images"
         common.check(args.batch_size <= len(data.train), few)

@@ -48,7 +48,7 @@ def test_a_run_starts_from_an_encoder(method, folder, tiny_run):  # noqa: F811
     file = tiny_run.out / "encoder.pt"
     argv = ["--dataset", "toy.pt", *CPU, "--batch-size", "16", "--init", file]
     _, model, _, _, args = built(method, *argv, "--stem", "imagenet")
-    common.set_up(model, args)
+    common.load_initial(common.set_up(model, args), args)
     for network in [model.backbone, model.target[0] if method == "byol" else model.backbone]:
         assert equal(dict(network.state_dict()), load(file)["state_dict"])
     assert "encoder.pt: not an encoder.pt of a resnet18 with" in fail(method, *argv)
