@@ -44,6 +44,7 @@ import re
 import sys
 import textwrap
 import time
+import zipfile
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -707,11 +708,10 @@ def network(info):
     return encoder
 
 
-STRANGE = {  # what a file begins with, or a file inside it is called: what it is
-    rb"\s*<": "a web page: download the file itself",
+STRANGE = {  # what a file begins with: what it is
+    rb"(\xef\xbb\xbf)?\s*<": "a web page: download the file itself",
     rb"version https://git-lfs": "a git-lfs pointer: git lfs pull fetches the file itself",
     rb"\x08.\x12": "an ONNX model: take the PyTorch checkpoint that it was made from",
-    rb"PK.*/code/__torch__": "TorchScript: save the state_dict of the model that it was made from",
 }
 
 
@@ -719,9 +719,14 @@ def read(path):
     """What torch.save wrote, of plain values alone; InputError for all else: no code is run."""
     check(path.is_file(), f"{path}: no such file")
     with path.open("rb") as file:
-        start = file.read(100_000)
+        start = file.read(1000)
     for sign, what in STRANGE.items():
         check(not re.match(sign, start, re.DOTALL), f"{path} is {what}")
+    inside = []
+    with contextlib.suppress(Exception):  # no zip file, or a damaged one, is for load_file to name
+        inside = zipfile.ZipFile(path).namelist()
+    script = "TorchScript: save the state_dict of the model that it was made from"
+    check(not any("/code/" in name for name in inside), f"{path} is {script}")
     with torch.serialization.safe_globals(harmless()):
         return common.load_file(path)
 

@@ -951,6 +951,7 @@ class Net(torch.nn.Linear):
 
 STRANGE = {  # what the file holds: what it is, and what to do
     b"\n<!DOCTYPE html>": "a web page: download",
+    b"\xef\xbb\xbf<html>": "a web page: download",
     b"version https://git-lfs.github.com/spec/v1\noid sha256:0": "git lfs pull",
     b"\x08\x07\x12\x07pytorch\x1a\x03": "an ONNX model: take",
     b"These are no weights.": "state_dict.*damaged",
@@ -964,7 +965,7 @@ STRANGE = {  # what the file holds: what it is, and what to do
 def test_strange_files_are_called_by_name(content, tmp_path):
     path = tmp_path / "odd.pt"
     if content == "script":
-        torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), path)
+        torch.jit.save(torch.jit.script(torch.nn.Linear(300, 300)), path)
     elif content == "module":
         torch.save(Net(2, 2), path)
     else:
