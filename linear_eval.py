@@ -421,7 +421,8 @@ def spectra(info, data, test, args):
         if path == "random":
             (encoder, its), label = random_encoder(args, data), f"untrained {args.arch}"
         else:
-            encoder, its = load_encoder(path, **vars(args) | {"features": None} if mine else {})
+            flags = overrides_of(args) | {"features": None}
+            encoder, its = load_encoder(path, **flags if mine else {})
             its |= {name: info[name] for name in its["assumed"]}
             label = named(its) if mine else f"{named(its)}, {path}"
         projector = its.get("projector") or projector_beside(path, encoder)
@@ -649,6 +650,7 @@ for _i in range(4):
     NAMES[f".layer.{_i}.normalization."] = f".bn{_i + 1}."
 NAMES |= {"shortcut.convolution.": "downsample.0.", "shortcut.normalization.": "downsample.1."}
 NAMES |= {"shortcut.": "downsample."}
+OVERRIDES = "key", "features", *ABOUT, *STEM
 COPIES = set("momentum k ema key teacher target average lagging".split())
 
 
@@ -662,6 +664,8 @@ def load_encoder(path, **overrides):
     "found", what was taken and ignored; "projector", or None; "assumed", what nobody says (then 224
     pixels, or 32 with the small stem, ImageNet's statistics, a small stem as ours). InputError, one
     line, for anything else."""
+    unknown = sorted(overrides.keys() - set(OVERRIDES))
+    check(not unknown, f"load_encoder has no {', '.join(unknown)}; it has {', '.join(OVERRIDES)}")
     path = file_of(path)
     saved = read(path)
     tensors = tensors_in(saved)
@@ -689,6 +693,10 @@ def load_encoder(path, **overrides):
         encoder = nn.Sequential(collections.OrderedDict(encoder=encoder, projector=layers)).eval()
         encoder.num_features = layers[-1].out_features
     return encoder, info
+
+
+def overrides_of(args):
+    return {name: value for name, value in vars(args).items() if name in OVERRIDES}
 
 
 def file_of(path):
@@ -952,14 +960,12 @@ def parser():
 
 
 def arguments():
-    first, words = argparse.ArgumentParser(add_help=False, allow_abbrev=False), sys.argv[1:]
-    first.add_argument("--checkpoint", default="random")
-    first.add_argument("--recipe")
-    known, _ = first.parse_known_args(words)
-    if known.recipe == "s004" and known.checkpoint != "random":
-        labels = load_encoder(known.checkpoint)[1]["method"] in LABELLED
-        words += ["--recipe", "s004_labels"] * labels
-    args = common.parse_args(parser(), PRESETS, "protocol", "recipe", argv=words)
+    args = common.parse_args(parser(), PRESETS, "protocol", "recipe")
+    if args.recipe == "s004" and args.checkpoint not in (None, "random"):
+        _, info = load_encoder(args.checkpoint, **overrides_of(args))
+        if info["method"] in LABELLED:
+            words = [*sys.argv[1:], "--recipe", "s004_labels"]
+            args = common.parse_args(parser(), PRESETS, "protocol", "recipe", argv=words)
     check(args.checkpoint or args.curves, "--checkpoint is required: a file, or random")
     needed = {"matplotlib": args.pictures or args.curves, "scikit-learn": args.map == "tsne"}
     for package in filter(needed.get, needed):  # hours later would be a bad time to miss it
@@ -986,7 +992,7 @@ def the_encoder(args):
     """(encoder, info, data) of --checkpoint and --dataset. Fills in what args say of an encoder."""
     untrained = args.checkpoint == "random"
     if not untrained:  # before the data: the cheaper thing to be wrong about
-        encoder, info = load_encoder(args.checkpoint, **vars(args))
+        encoder, info = load_encoder(args.checkpoint, **overrides_of(args))
         print(f"{args.checkpoint}: {info['found']}")
     data = common.load_once(args)
     print(*data.found, sep="\n")
@@ -1016,7 +1022,7 @@ def say_assumed(info):
 
 def export(args):
     """Writes what was found in a checkpoint as an encoder.pt."""
-    encoder, info = load_encoder(args.checkpoint, **vars(args))
+    encoder, info = load_encoder(args.checkpoint, **overrides_of(args))
     check(not Path(args.export).exists(), f"{args.export} is there already")
     say_assumed(info)
     saved = {name: info[name] for name in (*ABOUT, *STEM, "method", "dataset", "epoch")}

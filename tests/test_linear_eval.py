@@ -427,7 +427,9 @@ def test_s003_sees_the_middle_of_small_images(argv, monkeypatch):
 )
 def test_presets(flags, method, epochs, batch, lr, crop_min, pad, policy, argv, toy):
     argv[1] = "mine.pt"
-    torch.save(encoder_dict(method=method), "mine.pt")
+    other = {name: value * 0.5 for name, value in encoder_dict()["state_dict"].items()}
+    torch.save(encoder_dict(method=method, std=[0.0] * 3) | {"other": other}, "mine.pt")
+    argv += "--key state_dict --std 1 1 1".split()  # without which the file is refused
     with mock.patch.object(sys, "argv", ["linear_eval.py", *argv, *flags.split()]):
         args = linear_eval.arguments()
     assert [args.epochs, args.batch_size, args.lr, args.crop_min] == [epochs, batch, lr, crop_min]
@@ -836,6 +838,8 @@ def test_stems_that_weights_do_not_show(padding, pool, argv):
     torch.save({"net": network.state_dict()}, "theirs.pth")
     given = {"stem_padding": padding, "stem_max_pool": pool}
     encoder, info = linear_eval.load_encoder("theirs.pth", **given)
+    with pytest.raises(common.InputError, match="no stem_pading; it has key"):
+        linear_eval.load_encoder("theirs.pth", stem_pading=2)
     assert ("stem_padding" in info["assumed"]) == (padding is None)
     flags = [f"--stem-padding={padding}", f"--{'no-' * (not pool)}stem-max-pool"] * (padding or 0)
     argv[1] = "theirs.pth"
