@@ -270,7 +270,8 @@ def random_encoder(args, data):
     size, arch = args.image_size or data.size, args.arch or "resnet18"
     stem = args.stem if args.stem != "auto" else "small" if size <= 64 else "imagenet"
     torch.manual_seed(args.seed)
-    info = {"arch": arch, "stem": stem, "image_size": size, "mean": data.mean, "std": data.std}
+    info = {"arch": arch, "stem": stem, "image_size": size}
+    info |= {"mean": args.mean or data.mean, "std": args.std or data.std}
     info |= {"stem_padding": args.stem_padding, "stem_max_pool": args.stem_max_pool}
     info |= {"method": "untrained", "epoch": 0, "dataset": None}
     return network(info), info
@@ -429,7 +430,7 @@ def spectra(info, data, test, args):
         encoder = encoder.to(args.device, memory_format=torch.channels_last)
         how = argparse.Namespace(**vars(args) | {"image_size": its["image_size"]})
         there = dataclasses.replace(data, mean=its["mean"], std=its["std"])
-        h = common.encode(encoder, test, how, there)
+        h = features_of(encoder, test, how, there).images
         panels["representations"][label] = spectrum(h)
         if projector is not None:
             with torch.no_grad():
@@ -974,14 +975,20 @@ def arguments():
     if args.curves:
         return args
     args.checkpoint = str(file_of(args.checkpoint))
+    keyed = args.key is not None
+    check(args.checkpoint != "random" or not keyed, "--key is for files, not for random")
     linear, tuned = args.protocol == "linear", args.protocol == "finetune"
     check(not args.cached or linear, "--cached is for --protocol linear")
+    if args.cached and args.augment != "crops":
+        print(f"--cached: features of images as they are, without --augment {args.augment}")
+        args.augment = "crops"
     fits = args.recipe is None or linear or tuned and args.recipe == "s001"
     check(fits, f"--recipe {args.recipe} is for linear; finetune without one is S003's, or s001")
     plain = args.features == "encoder"
     check(plain or not tuned and not args.export, "--features projector is not for that")
     check(args.pictures or not args.compare, "--compare is for --pictures")
     check(args.pictures or args.map == "pca", "--map is for --pictures")
+    args.compare = [str(file_of(path)) for path in args.compare]
     for path in args.compare:
         load_encoder(path)
     common.resolve_hardware(args)
@@ -1017,7 +1024,9 @@ def say_assumed(info):
     if assumed:
         print("assumed:", ", ".join(f"{name} {info[name]}" for name in assumed))
     if "stem_padding" in assumed:
-        print("solo-learn's CIFAR models need --stem-padding 2, several of others --stem-max-pool")
+        print("solo-learn's CIFAR models need --stem-padding 2")
+    if "stem_max_pool" in assumed:
+        print("several STL-10 and Tiny ImageNet models need --stem-max-pool")
 
 
 def export(args):
@@ -1052,6 +1061,7 @@ def the_file(data, args):
     if args.checkpoint == "random":
         path = Path(f"runs/random_{data.name}_{args.arch}") / OURS[0]
     words = [args.protocol, args.recipe, "projector" * (args.features == "projector")]
+    words += [re.sub(r"[^\w.-]", "-", args.key or "").strip(".")]
     words += [f"{args.seeds}-seeds" * (args.seeds > 1)]
     words += [f"{args.label_fraction:g}" * (args.label_fraction < 1), "cached" * args.cached]
     words += ["validation" * (args.validation_fraction > 0), data.name]

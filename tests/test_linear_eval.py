@@ -400,14 +400,27 @@ def test_features_are_standardised_unless_told_otherwise(argv, monkeypatch):
     torch.testing.assert_close(augmented[:, alive], expected[:, alive], rtol=1e-3, atol=1e-3)
 
 
+def test_cached_features_are_of_images_as_they_are(argv):
+    flags = [*PROTOCOLS["cached"], *"--recipe s004_labels --epochs 1".split()]
+    table, figures = evaluate(*argv, *flags)
+    assert "--cached: features of images as they are, without --augment autoaugment" in table
+    assert figures["config"]["augment"] == "crops"
+
+
 def test_s003_sees_the_middle_of_small_images(argv, monkeypatch):
-    """B.1.2: of 16 pixels as of any other size 7/8, brought to 16; without the recipe, all."""
+    """B.1.2: of 16 pixels as of any other size 7/8, brought to 16; without the recipe, all. The
+    spectrum is of the same."""
     seen, original = [], common.evaluation_view
+    curves = mock.Mock()
+    monkeypatch.setattr(linear_eval, "spectrum_picture", curves)
+    monkeypatch.setattr(linear_eval, "write_pictures", lambda pictures, folder: None)
     monkeypatch.setattr(common, "evaluation_view", lambda *a: seen.append(a[0]) or original(*a))
     images = common.load_dataset("toy.pt").test.images
     for flags, expected in ("--recipe s003", images[:, :, 1:15, 1:15]), ("", images):
-        evaluate(*argv, *PROTOCOLS["cached"], *flags.split())
+        _, figures = evaluate(*argv, *PROTOCOLS["cached"], *flags.split(), "--pictures")
         assert any(torch.equal(x, expected) for x in seen)
+        _, rank = curves.call_args[0][0]["representations"]["simclr, epoch 2"]
+        assert rank == pytest.approx(figures["rank"], rel=1e-4)
         seen.clear()
 
 
@@ -472,6 +485,10 @@ def test_transfer_keeps_the_encoders_size_and_statistics(argv, toy, monkeypatch)
     table, _ = evaluate(*argv, *PROTOCOLS["knn"])
     assert "toy: 24 pixels, seen at the 16 of the encoder" in table
     assert seen and all(given == (16, [0.5] * 3, [0.25] * 3) for given in seen)
+    seen.clear()
+    argv[1] = "random"
+    evaluate(*argv, *PROTOCOLS["knn"], *"--mean .1 .2 .3 --std 1 2 3".split())
+    assert seen and all(given == (24, [0.1, 0.2, 0.3], [1, 2, 3]) for given in seen)
 
 
 def random(*shape, seed=0):
@@ -657,15 +674,19 @@ def test_pictures_show_what_was_measured(argv, monkeypatch):
     Path("other").mkdir()
     torch.save(encoder_dict(), "other/encoder.pt")
     Path("other/checkpoint.pt").symlink_to(Path("checkpoint.pt").resolve())
-    _, figures = evaluate(*argv, "--pictures", "--compare", "other/encoder.pt")
+    Path("again").mkdir()
+    for name in "encoder.pt", "checkpoint.pt":
+        Path("again", name).symlink_to(Path(name).resolve())
+    _, figures = evaluate(*argv, "--pictures", "--compare", "other/encoder.pt", "again")
     counts = drawn["confusion"][0]
     assert counts.sum(1).tolist() == [8] * 4
     assert float(counts.diag().sum()) / 32 == pytest.approx(figures["top1"])
     of = "simclr, epoch 2, toy, before fine-tuning"
     assert drawn["neighbors"][-1] == f"{of}: nearest neighbours"
-    (curves, _), other = drawn["spectrum"], "m, epoch 7, other/encoder.pt"
-    assert list(curves["representations"]) == ["untrained resnet18", "simclr, epoch 2", other]
-    assert list(curves["projections"]) == ["simclr, epoch 2"]  # beside the other is not its own
+    (curves, _), mine = drawn["spectrum"], "simclr, epoch 2"
+    others = ["m, epoch 7, other/encoder.pt", f"{mine}, again/encoder.pt"]
+    assert list(curves["representations"]) == ["untrained resnet18", mine, *others]
+    assert list(curves["projections"]) == [mine, others[1]]  # beside the other is not its own
     images = common.load_dataset("toy.pt").test.images
     x = common.evaluation_view(images, 24, [0.1, 0.2, 0.3], [1, 2, 3])
     both, _ = linear_eval.load_encoder("checkpoint.pt", features="projector")
@@ -734,6 +755,7 @@ LAYOUTS = {  # small stem?, how layers are named, the encoder's prefix, those of
     "solo-learn": (True, same, "backbone.", {"momentum_backbone.": 0.5}),
     "SupContrast": (True, shortcut, "encoder.module.", {}),
     "Tuned-Contrastive": (True, shortcut, "", {"model.": 1}),
+    "Barlow-Twins-HSIC": (True, sequential(4), "f.", {}),  # without the max-pool of its place
     "leftthomas": (True, counted, "f.", {}),
     "PyTorch-BYOL": (False, sequential(4), "online.encoder.", {"target.encoder.": 0.5}),
     "averages": (True, same, "net.", {"average.net.": 0.5, "lagging.": 2}),
@@ -786,12 +808,12 @@ def test_evaluating_somebody_elses_encoder(argv):
     weights = below("module.backbone.", network.state_dict()) | below("module.projector.", HEAD)
     torch.save({"model": weights, "epoch": 12}, "theirs.pth")
     argv[1] = "theirs.pth"
-    table, figures = evaluate(*argv, "--protocol", "knn")
+    table, figures = evaluate(*argv, "--protocol", "knn", "--key", "module.backbone")
     assert ("theirs.pth: resnet18, small stem, under 'model.module.backbone.': all of its 120 "
             "tensors; ignored: 3, such as model.module.projector.0.bias") in table  # fmt: skip
     assert any(line.startswith("assumed: image_size 16, mean (0.5") for line in table)  # the data's
     assert (figures["method"], figures["epoch"]) == ("theirs.pth", 12)
-    assert json.loads(Path("knn_toy_theirs.json").read_text()) == figures
+    assert json.loads(Path("knn_module.backbone_toy_theirs.json").read_text()) == figures
 
 
 def test_several_encoders_need_a_key(monkeypatch):
@@ -845,6 +867,8 @@ def test_stems_that_weights_do_not_show(padding, pool, argv):
     argv[1] = "theirs.pth"
     status, out, err = call(*argv, *flags, "--export", "mine.pt")
     assert (status, err) == (0, "") and ("stem_padding 1" in out) == (padding is None)
+    for hint in "models need --stem-padding 2\n", "models need --stem-max-pool\n":
+        assert (hint in out) == (padding is None)
     exported, known = linear_eval.load_encoder("mine.pt")
     assert known["assumed"] == [] and known["method"] == "theirs.pth"
     with torch.no_grad():
@@ -903,6 +927,7 @@ REFUSALS = {
     "--export toy.pt": "toy.pt is there already",
     "--export new.pt --features projector": "not for that",
     "--checkpoint random --features projector": "needs a checkpoint.pt",
+    "--checkpoint random --key left": "--key is for files",
     "--checkpoint alone.pt --features projector": "alone.pt: no projector",
     "--features projector --protocol finetune": "not for that",
     "--dataset no_test.pt": "no_test has no test split: hold images out",
