@@ -191,25 +191,42 @@ def test_baselines_by_hand(run, toy_file):
         assert figures["rank"] == pytest.approx(rank, rel=1e-3)
 
 
-def test_the_front_page_shows_how_to_use_it(run, tmp_path, monkeypatch, capsys):
+STEMS = {
+    "as saved": None,
+    "small": {"stem": "small"},
+    "of others": {"stem": "small", "stem_padding": 2, "stem_max_pool": True, "stem_relu": False},
+    "7x7": {"stem": "imagenet", "stem_padding": 2, "stem_max_pool": False},
+}
+
+
+@pytest.mark.parametrize("stem", STEMS)
+def test_the_front_page_shows_how_to_use_it(stem, run, tmp_path, monkeypatch, capsys):
     """Its code, as written: features as common.py's, the classifier's predictions as measured."""
     monkeypatch.chdir(tmp_path)
     shutil.copy(run.folder / "encoder.pt", "encoder.pt")
+    if STEMS[stem]:
+        weights = linear_eval.network({"arch": "resnet18"} | STEMS[stem]).state_dict()
+        torch.save(encoder_dict(**STEMS[stem], state_dict=weights), "encoder.pt")
     shutil.copy(run.folder / "linear_cached_toy_classifier.pt", "linear_cifar10_classifier.pt")
     Path("my_images").mkdir()
     test = common.load_dataset(run.cached.figures["config"]["dataset"]).test
     for i, image in enumerate(test.images):
         Image.fromarray(image.permute(1, 2, 0).numpy()).save(f"my_images/{i:02}.png")
+    wide = torch.nn.functional.interpolate(torch.rand(1, 3, 3, 5), (24, 40), mode="bicubic")
+    wide = (255 * wide.clamp(0, 1)).byte()
+    Image.fromarray(wide[0].permute(1, 2, 0).numpy()).save("my_images/wide.png")
     page = (Path(linear_eval.__file__).parent / "README.md").read_text()
     found = {}
     exec(re.search(r"```python\n(.*?)```", page, re.DOTALL)[1], found)
     encoder, info = linear_eval.load_encoder("encoder.pt")
     with torch.no_grad():
         h = encoder(common.evaluation_view(test.images, 16, info["mean"], info["std"]))
-    torch.testing.assert_close(found["h"], h, rtol=1e-3, atol=1e-3)
-    named = [line.split() for line in capsys.readouterr().out.splitlines()]
+        middle = encoder(common.evaluation_view(wide, 16, info["mean"], info["std"]))[0]
+    torch.testing.assert_close(found["h"][:-1], h, rtol=1e-3, atol=1e-3)
+    assert (found["h"][-1] - middle).norm() < 0.01 * middle.norm()  # rounded by Pillow
+    named = [line.split() for line in capsys.readouterr().out.splitlines()[:-1]]
     right = [name == "abcd"[label] for (_, name), label in zip(named, test.labels, strict=True)]
-    assert sum(right) / 32 == pytest.approx(run.cached.figures["top1"])
+    assert STEMS[stem] or sum(right) / 32 == pytest.approx(run.cached.figures["top1"])
 
 
 @pytest.mark.parametrize("protocol", ["linear", "cached", "knn"])
@@ -889,7 +906,17 @@ def several_convolutions():
     return saved
 
 
+class Shard(torch.Tensor):
+    """As torch.distributed's DTensor."""
+
+    placements = ("Shard(0)",)
+
+
 NO_ENCODER = {
+    "shards": (
+        lambda: changed(conv1__weight=torch.zeros(64, 3, 7, 7).as_subclass(Shard)),
+        r"holds shards, as \['state_dict.conv1.weight'\]: save the full state_dict",
+    ),
     "no weights": (lambda: {"state": 1}, "no convolution of three channels"),
     "a weight missing": (lambda: changed(bn1__running_mean=None), "1 tensors .* bn1.running_mean"),
     "a wrong shape": (lambda: changed(bn1__bias=torch.zeros(63)), "1 tensors .* bn1.bias"),
@@ -913,7 +940,7 @@ def test_what_is_no_encoder_is_refused(kind, monkeypatch):
     make, message = NO_ENCODER[kind]
     saved = make()
     monkeypatch.setattr(linear_eval, "read", lambda path: saved)
-    with pytest.raises(common.InputError, match=f"^some.pt: .*{message}") as line:
+    with pytest.raises(common.InputError, match=f"^some.pt:? .*{message}") as line:
         linear_eval.load_encoder("some.pt")
     assert "\n" not in str(line.value)
 
