@@ -270,10 +270,9 @@ def random_encoder(args, data):
     size, arch = args.image_size or data.size, args.arch or "resnet18"
     stem = args.stem if args.stem != "auto" else "small" if size <= 64 else "imagenet"
     torch.manual_seed(args.seed)
-    info = {"arch": arch, "stem": stem, "image_size": size}
-    info |= {"mean": args.mean or data.mean, "std": args.std or data.std}
+    info = {"arch": arch, "stem": stem, "image_size": size, "method": "untrained", "epoch": 0}
+    info |= {"mean": args.mean or data.mean, "std": args.std or data.std, "dataset": None}
     info |= {"stem_padding": args.stem_padding, "stem_max_pool": args.stem_max_pool}
-    info |= {"method": "untrained", "epoch": 0, "dataset": None}
     return network(info), info
 
 
@@ -551,10 +550,8 @@ def spectrum_picture(curves, title):
     """{panel: {label: (spectrum [F], rank)}}, of the same look for the same label."""
     labels = list(dict.fromkeys(itertools.chain(*curves.values())))
     caption = "Along how many directions do features vary? Each one's share of the variance, the "
-    caption += (
-        "largest first; on the lower edge what is less, or zero. A fast fall: few directions "
-    )
-    caption += "carry all. Vertical lines: the rank, which counts those in use."
+    caption += "largest first; on the lower edge what is less, or zero. A fast fall: few "
+    caption += "directions carry all. Vertical lines: the rank, which counts those in use."
     size = 7 * len(curves), 5.5 + 0.3 * len(labels)
     figure, panels = new_figure(*size, title, caption, columns=len(curves))
     for axes, (panel, lines) in zip(panels, curves.items(), strict=True):
@@ -607,9 +604,7 @@ def curves_picture(runs):
         check(path.is_file(), f"{path}: no such file")
         with common.readable(path, "not a readable log"):
             log = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
-            lines = [
-                [(entry["epoch"], entry[key]) for entry in log if key in entry] for key in CURVES
-            ]
+            lines = [[(x["epoch"], x[key]) for x in log if key in x] for key in CURVES]
         check(log, f"{path} is empty")
         how = {"color": f"C{number}", "linestyle": DASHES[number % 4], "marker": "."}
         how["label"] = one_line(path.resolve().parent.name, 50)
@@ -975,8 +970,7 @@ def arguments():
     if args.curves:
         return args
     args.checkpoint = str(file_of(args.checkpoint))
-    keyed = args.key is not None
-    check(args.checkpoint != "random" or not keyed, "--key is for files, not for random")
+    check(args.key is None or args.checkpoint != "random", "--key is for files, not for random")
     linear, tuned = args.protocol == "linear", args.protocol == "finetune"
     check(not args.cached or linear, "--cached is for --protocol linear")
     if args.cached and args.augment != "crops":
