@@ -44,6 +44,7 @@ import re
 import sys
 import textwrap
 import time
+import zipfile
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -269,9 +270,9 @@ def random_encoder(args, data):
     size, arch = args.image_size or data.size, args.arch or "resnet18"
     stem = args.stem if args.stem != "auto" else "small" if size <= 64 else "imagenet"
     torch.manual_seed(args.seed)
-    info = {"arch": arch, "stem": stem, "image_size": size, "mean": data.mean, "std": data.std}
+    info = {"arch": arch, "stem": stem, "image_size": size, "method": "untrained", "epoch": 0}
+    info |= {"mean": args.mean or data.mean, "std": args.std or data.std, "dataset": None}
     info |= {"stem_padding": args.stem_padding, "stem_max_pool": args.stem_max_pool}
-    info |= {"method": "untrained", "epoch": 0, "dataset": None}
     return network(info), info
 
 
@@ -420,14 +421,15 @@ def spectra(info, data, test, args):
         if path == "random":
             (encoder, its), label = random_encoder(args, data), f"untrained {args.arch}"
         else:
-            encoder, its = load_encoder(path, **vars(args) | {"features": None} if mine else {})
+            flags = overrides_of(args) | {"features": None}
+            encoder, its = load_encoder(path, **flags if mine else {})
             its |= {name: info[name] for name in its["assumed"]}
             label = named(its) if mine else f"{named(its)}, {path}"
         projector = its.get("projector") or projector_beside(path, encoder)
         encoder = encoder.to(args.device, memory_format=torch.channels_last)
         how = argparse.Namespace(**vars(args) | {"image_size": its["image_size"]})
         there = dataclasses.replace(data, mean=its["mean"], std=its["std"])
-        h = common.encode(encoder, test, how, there)
+        h = features_of(encoder, test, how, there).images
         panels["representations"][label] = spectrum(h)
         if projector is not None:
             with torch.no_grad():
@@ -548,10 +550,8 @@ def spectrum_picture(curves, title):
     """{panel: {label: (spectrum [F], rank)}}, of the same look for the same label."""
     labels = list(dict.fromkeys(itertools.chain(*curves.values())))
     caption = "Along how many directions do features vary? Each one's share of the variance, the "
-    caption += (
-        "largest first; on the lower edge what is less, or zero. A fast fall: few directions "
-    )
-    caption += "carry all. Vertical lines: the rank, which counts those in use."
+    caption += "largest first; on the lower edge what is less, or zero. A fast fall: few "
+    caption += "directions carry all. Vertical lines: the rank, which counts those in use."
     size = 7 * len(curves), 5.5 + 0.3 * len(labels)
     figure, panels = new_figure(*size, title, caption, columns=len(curves))
     for axes, (panel, lines) in zip(panels, curves.items(), strict=True):
@@ -604,9 +604,7 @@ def curves_picture(runs):
         check(path.is_file(), f"{path}: no such file")
         with common.readable(path, "not a readable log"):
             log = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
-            lines = [
-                [(entry["epoch"], entry[key]) for entry in log if key in entry] for key in CURVES
-            ]
+            lines = [[(x["epoch"], x[key]) for x in log if key in x] for key in CURVES]
         check(log, f"{path} is empty")
         how = {"color": f"C{number}", "linestyle": DASHES[number % 4], "marker": "."}
         how["label"] = one_line(path.resolve().parent.name, 50)
@@ -648,6 +646,7 @@ for _i in range(4):
     NAMES[f".layer.{_i}.normalization."] = f".bn{_i + 1}."
 NAMES |= {"shortcut.convolution.": "downsample.0.", "shortcut.normalization.": "downsample.1."}
 NAMES |= {"shortcut.": "downsample."}
+OVERRIDES = "key", "features", *ABOUT, *STEM
 COPIES = set("momentum k ema key teacher target average lagging".split())
 
 
@@ -661,6 +660,8 @@ def load_encoder(path, **overrides):
     "found", what was taken and ignored; "projector", or None; "assumed", what nobody says (then 224
     pixels, or 32 with the small stem, ImageNet's statistics, a small stem as ours). InputError, one
     line, for anything else."""
+    unknown = sorted(overrides.keys() - set(OVERRIDES))
+    check(not unknown, f"load_encoder has no {', '.join(unknown)}; it has {', '.join(OVERRIDES)}")
     path = file_of(path)
     saved = read(path)
     tensors = tensors_in(saved)
@@ -690,6 +691,10 @@ def load_encoder(path, **overrides):
     return encoder, info
 
 
+def overrides_of(args):
+    return {name: value for name, value in vars(args).items() if name in OVERRIDES}
+
+
 def file_of(path):
     return Path(path, OURS[0]) if Path(path).is_dir() else Path(path)
 
@@ -707,11 +712,10 @@ def network(info):
     return encoder
 
 
-STRANGE = {  # what a file begins with, or a file inside it is called: what it is
-    rb"\s*<": "a web page: download the file itself",
+STRANGE = {  # what a file begins with: what it is
+    rb"(\xef\xbb\xbf)?\s*<": "a web page: download the file itself",
     rb"version https://git-lfs": "a git-lfs pointer: git lfs pull fetches the file itself",
     rb"\x08.\x12": "an ONNX model: take the PyTorch checkpoint that it was made from",
-    rb"PK.*/code/__torch__": "TorchScript: save the state_dict of the model that it was made from",
 }
 
 
@@ -719,9 +723,14 @@ def read(path):
     """What torch.save wrote, of plain values alone; InputError for all else: no code is run."""
     check(path.is_file(), f"{path}: no such file")
     with path.open("rb") as file:
-        start = file.read(100_000)
+        start = file.read(1000)
     for sign, what in STRANGE.items():
         check(not re.match(sign, start, re.DOTALL), f"{path} is {what}")
+    inside = []
+    with contextlib.suppress(Exception):  # no zip file, or a damaged one, is for load_file to name
+        inside = zipfile.ZipFile(path).namelist()
+    script = "TorchScript: save the state_dict of the model that it was made from"
+    check(not any("/code/" in name for name in inside), f"{path} is {script}")
     with torch.serialization.safe_globals(harmless()):
         return common.load_file(path)
 
@@ -947,14 +956,12 @@ def parser():
 
 
 def arguments():
-    first, words = argparse.ArgumentParser(add_help=False, allow_abbrev=False), sys.argv[1:]
-    first.add_argument("--checkpoint", default="random")
-    first.add_argument("--recipe")
-    known, _ = first.parse_known_args(words)
-    if known.recipe == "s004" and known.checkpoint != "random":
-        labels = load_encoder(known.checkpoint)[1]["method"] in LABELLED
-        words += ["--recipe", "s004_labels"] * labels
-    args = common.parse_args(parser(), PRESETS, "protocol", "recipe", argv=words)
+    args = common.parse_args(parser(), PRESETS, "protocol", "recipe")
+    if args.recipe == "s004" and args.checkpoint not in (None, "random"):
+        _, info = load_encoder(args.checkpoint, **overrides_of(args))
+        if info["method"] in LABELLED:
+            words = [*sys.argv[1:], "--recipe", "s004_labels"]
+            args = common.parse_args(parser(), PRESETS, "protocol", "recipe", argv=words)
     check(args.checkpoint or args.curves, "--checkpoint is required: a file, or random")
     needed = {"matplotlib": args.pictures or args.curves, "scikit-learn": args.map == "tsne"}
     for package in filter(needed.get, needed):  # hours later would be a bad time to miss it
@@ -963,14 +970,19 @@ def arguments():
     if args.curves:
         return args
     args.checkpoint = str(file_of(args.checkpoint))
+    check(args.key is None or args.checkpoint != "random", "--key is for files, not for random")
     linear, tuned = args.protocol == "linear", args.protocol == "finetune"
     check(not args.cached or linear, "--cached is for --protocol linear")
+    if args.cached and args.augment != "crops":
+        print(f"--cached: features of images as they are, without --augment {args.augment}")
+        args.augment = "crops"
     fits = args.recipe is None or linear or tuned and args.recipe == "s001"
     check(fits, f"--recipe {args.recipe} is for linear; finetune without one is S003's, or s001")
     plain = args.features == "encoder"
     check(plain or not tuned and not args.export, "--features projector is not for that")
     check(args.pictures or not args.compare, "--compare is for --pictures")
     check(args.pictures or args.map == "pca", "--map is for --pictures")
+    args.compare = [str(file_of(path)) for path in args.compare]
     for path in args.compare:
         load_encoder(path)
     common.resolve_hardware(args)
@@ -981,7 +993,7 @@ def the_encoder(args):
     """(encoder, info, data) of --checkpoint and --dataset. Fills in what args say of an encoder."""
     untrained = args.checkpoint == "random"
     if not untrained:  # before the data: the cheaper thing to be wrong about
-        encoder, info = load_encoder(args.checkpoint, **vars(args))
+        encoder, info = load_encoder(args.checkpoint, **overrides_of(args))
         print(f"{args.checkpoint}: {info['found']}")
     data = common.load_once(args)
     print(*data.found, sep="\n")
@@ -1006,12 +1018,14 @@ def say_assumed(info):
     if assumed:
         print("assumed:", ", ".join(f"{name} {info[name]}" for name in assumed))
     if "stem_padding" in assumed:
-        print("solo-learn's CIFAR models need --stem-padding 2, several of others --stem-max-pool")
+        print("solo-learn's CIFAR models need --stem-padding 2")
+    if "stem_max_pool" in assumed:
+        print("several STL-10 and Tiny ImageNet models need --stem-max-pool")
 
 
 def export(args):
     """Writes what was found in a checkpoint as an encoder.pt."""
-    encoder, info = load_encoder(args.checkpoint, **vars(args))
+    encoder, info = load_encoder(args.checkpoint, **overrides_of(args))
     check(not Path(args.export).exists(), f"{args.export} is there already")
     say_assumed(info)
     saved = {name: info[name] for name in (*ABOUT, *STEM, "method", "dataset", "epoch")}
@@ -1041,6 +1055,7 @@ def the_file(data, args):
     if args.checkpoint == "random":
         path = Path(f"runs/random_{data.name}_{args.arch}") / OURS[0]
     words = [args.protocol, args.recipe, "projector" * (args.features == "projector")]
+    words += [re.sub(r"[^\w.-]", "-", args.key or "").strip(".")]
     words += [f"{args.seeds}-seeds" * (args.seeds > 1)]
     words += [f"{args.label_fraction:g}" * (args.label_fraction < 1), "cached" * args.cached]
     words += ["validation" * (args.validation_fraction > 0), data.name]

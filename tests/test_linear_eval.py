@@ -191,25 +191,42 @@ def test_baselines_by_hand(run, toy_file):
         assert figures["rank"] == pytest.approx(rank, rel=1e-3)
 
 
-def test_the_front_page_shows_how_to_use_it(run, tmp_path, monkeypatch, capsys):
+STEMS = {
+    "as saved": None,
+    "small": {"stem": "small"},
+    "of others": {"stem": "small", "stem_padding": 2, "stem_max_pool": True, "stem_relu": False},
+    "7x7": {"stem": "imagenet", "stem_padding": 2, "stem_max_pool": False},
+}
+
+
+@pytest.mark.parametrize("stem", STEMS)
+def test_the_front_page_shows_how_to_use_it(stem, run, tmp_path, monkeypatch, capsys):
     """Its code, as written: features as common.py's, the classifier's predictions as measured."""
     monkeypatch.chdir(tmp_path)
     shutil.copy(run.folder / "encoder.pt", "encoder.pt")
+    if STEMS[stem]:
+        weights = linear_eval.network({"arch": "resnet18"} | STEMS[stem]).state_dict()
+        torch.save(encoder_dict(**STEMS[stem], state_dict=weights), "encoder.pt")
     shutil.copy(run.folder / "linear_cached_toy_classifier.pt", "linear_cifar10_classifier.pt")
     Path("my_images").mkdir()
     test = common.load_dataset(run.cached.figures["config"]["dataset"]).test
     for i, image in enumerate(test.images):
         Image.fromarray(image.permute(1, 2, 0).numpy()).save(f"my_images/{i:02}.png")
+    wide = torch.nn.functional.interpolate(torch.rand(1, 3, 3, 5), (24, 40), mode="bicubic")
+    wide = (255 * wide.clamp(0, 1)).byte()
+    Image.fromarray(wide[0].permute(1, 2, 0).numpy()).save("my_images/wide.png")
     page = (Path(linear_eval.__file__).parent / "README.md").read_text()
     found = {}
     exec(re.search(r"```python\n(.*?)```", page, re.DOTALL)[1], found)
     encoder, info = linear_eval.load_encoder("encoder.pt")
     with torch.no_grad():
         h = encoder(common.evaluation_view(test.images, 16, info["mean"], info["std"]))
-    torch.testing.assert_close(found["h"], h, rtol=1e-3, atol=1e-3)
-    named = [line.split() for line in capsys.readouterr().out.splitlines()]
+        middle = encoder(common.evaluation_view(wide, 16, info["mean"], info["std"]))[0]
+    torch.testing.assert_close(found["h"][:-1], h, rtol=1e-3, atol=1e-3)
+    assert (found["h"][-1] - middle).norm() < 0.01 * middle.norm()  # rounded by Pillow
+    named = [line.split() for line in capsys.readouterr().out.splitlines()[:-1]]
     right = [name == "abcd"[label] for (_, name), label in zip(named, test.labels, strict=True)]
-    assert sum(right) / 32 == pytest.approx(run.cached.figures["top1"])
+    assert STEMS[stem] or sum(right) / 32 == pytest.approx(run.cached.figures["top1"])
 
 
 @pytest.mark.parametrize("protocol", ["linear", "cached", "knn"])
@@ -400,14 +417,27 @@ def test_features_are_standardised_unless_told_otherwise(argv, monkeypatch):
     torch.testing.assert_close(augmented[:, alive], expected[:, alive], rtol=1e-3, atol=1e-3)
 
 
+def test_cached_features_are_of_images_as_they_are(argv):
+    flags = [*PROTOCOLS["cached"], *"--recipe s004_labels --epochs 1".split()]
+    table, figures = evaluate(*argv, *flags)
+    assert "--cached: features of images as they are, without --augment autoaugment" in table
+    assert figures["config"]["augment"] == "crops"
+
+
 def test_s003_sees_the_middle_of_small_images(argv, monkeypatch):
-    """B.1.2: of 16 pixels as of any other size 7/8, brought to 16; without the recipe, all."""
+    """B.1.2: of 16 pixels as of any other size 7/8, brought to 16; without the recipe, all. The
+    spectrum is of the same."""
     seen, original = [], common.evaluation_view
+    curves = mock.Mock()
+    monkeypatch.setattr(linear_eval, "spectrum_picture", curves)
+    monkeypatch.setattr(linear_eval, "write_pictures", lambda pictures, folder: None)
     monkeypatch.setattr(common, "evaluation_view", lambda *a: seen.append(a[0]) or original(*a))
     images = common.load_dataset("toy.pt").test.images
     for flags, expected in ("--recipe s003", images[:, :, 1:15, 1:15]), ("", images):
-        evaluate(*argv, *PROTOCOLS["cached"], *flags.split())
+        _, figures = evaluate(*argv, *PROTOCOLS["cached"], *flags.split(), "--pictures")
         assert any(torch.equal(x, expected) for x in seen)
+        _, rank = curves.call_args[0][0]["representations"]["simclr, epoch 2"]
+        assert rank == pytest.approx(figures["rank"], rel=1e-4)
         seen.clear()
 
 
@@ -427,7 +457,9 @@ def test_s003_sees_the_middle_of_small_images(argv, monkeypatch):
 )
 def test_presets(flags, method, epochs, batch, lr, crop_min, pad, policy, argv, toy):
     argv[1] = "mine.pt"
-    torch.save(encoder_dict(method=method), "mine.pt")
+    other = {name: value * 0.5 for name, value in encoder_dict()["state_dict"].items()}
+    torch.save(encoder_dict(method=method, std=[0.0] * 3) | {"other": other}, "mine.pt")
+    argv += "--key state_dict --std 1 1 1".split()  # without which the file is refused
     with mock.patch.object(sys, "argv", ["linear_eval.py", *argv, *flags.split()]):
         args = linear_eval.arguments()
     assert [args.epochs, args.batch_size, args.lr, args.crop_min] == [epochs, batch, lr, crop_min]
@@ -470,6 +502,10 @@ def test_transfer_keeps_the_encoders_size_and_statistics(argv, toy, monkeypatch)
     table, _ = evaluate(*argv, *PROTOCOLS["knn"])
     assert "toy: 24 pixels, seen at the 16 of the encoder" in table
     assert seen and all(given == (16, [0.5] * 3, [0.25] * 3) for given in seen)
+    seen.clear()
+    argv[1] = "random"
+    evaluate(*argv, *PROTOCOLS["knn"], *"--mean .1 .2 .3 --std 1 2 3".split())
+    assert seen and all(given == (24, [0.1, 0.2, 0.3], [1, 2, 3]) for given in seen)
 
 
 def random(*shape, seed=0):
@@ -655,15 +691,19 @@ def test_pictures_show_what_was_measured(argv, monkeypatch):
     Path("other").mkdir()
     torch.save(encoder_dict(), "other/encoder.pt")
     Path("other/checkpoint.pt").symlink_to(Path("checkpoint.pt").resolve())
-    _, figures = evaluate(*argv, "--pictures", "--compare", "other/encoder.pt")
+    Path("again").mkdir()
+    for name in "encoder.pt", "checkpoint.pt":
+        Path("again", name).symlink_to(Path(name).resolve())
+    _, figures = evaluate(*argv, "--pictures", "--compare", "other/encoder.pt", "again")
     counts = drawn["confusion"][0]
     assert counts.sum(1).tolist() == [8] * 4
     assert float(counts.diag().sum()) / 32 == pytest.approx(figures["top1"])
     of = "simclr, epoch 2, toy, before fine-tuning"
     assert drawn["neighbors"][-1] == f"{of}: nearest neighbours"
-    (curves, _), other = drawn["spectrum"], "m, epoch 7, other/encoder.pt"
-    assert list(curves["representations"]) == ["untrained resnet18", "simclr, epoch 2", other]
-    assert list(curves["projections"]) == ["simclr, epoch 2"]  # beside the other is not its own
+    (curves, _), mine = drawn["spectrum"], "simclr, epoch 2"
+    others = ["m, epoch 7, other/encoder.pt", f"{mine}, again/encoder.pt"]
+    assert list(curves["representations"]) == ["untrained resnet18", mine, *others]
+    assert list(curves["projections"]) == [mine, others[1]]  # beside the other is not its own
     images = common.load_dataset("toy.pt").test.images
     x = common.evaluation_view(images, 24, [0.1, 0.2, 0.3], [1, 2, 3])
     both, _ = linear_eval.load_encoder("checkpoint.pt", features="projector")
@@ -732,6 +772,7 @@ LAYOUTS = {  # small stem?, how layers are named, the encoder's prefix, those of
     "solo-learn": (True, same, "backbone.", {"momentum_backbone.": 0.5}),
     "SupContrast": (True, shortcut, "encoder.module.", {}),
     "Tuned-Contrastive": (True, shortcut, "", {"model.": 1}),
+    "Barlow-Twins-HSIC": (True, sequential(4), "f.", {}),  # without the max-pool of its place
     "leftthomas": (True, counted, "f.", {}),
     "PyTorch-BYOL": (False, sequential(4), "online.encoder.", {"target.encoder.": 0.5}),
     "averages": (True, same, "net.", {"average.net.": 0.5, "lagging.": 2}),
@@ -784,12 +825,12 @@ def test_evaluating_somebody_elses_encoder(argv):
     weights = below("module.backbone.", network.state_dict()) | below("module.projector.", HEAD)
     torch.save({"model": weights, "epoch": 12}, "theirs.pth")
     argv[1] = "theirs.pth"
-    table, figures = evaluate(*argv, "--protocol", "knn")
+    table, figures = evaluate(*argv, "--protocol", "knn", "--key", "module.backbone")
     assert ("theirs.pth: resnet18, small stem, under 'model.module.backbone.': all of its 120 "
             "tensors; ignored: 3, such as model.module.projector.0.bias") in table  # fmt: skip
     assert any(line.startswith("assumed: image_size 16, mean (0.5") for line in table)  # the data's
     assert (figures["method"], figures["epoch"]) == ("theirs.pth", 12)
-    assert json.loads(Path("knn_toy_theirs.json").read_text()) == figures
+    assert json.loads(Path("knn_module.backbone_toy_theirs.json").read_text()) == figures
 
 
 def test_several_encoders_need_a_key(monkeypatch):
@@ -836,11 +877,15 @@ def test_stems_that_weights_do_not_show(padding, pool, argv):
     torch.save({"net": network.state_dict()}, "theirs.pth")
     given = {"stem_padding": padding, "stem_max_pool": pool}
     encoder, info = linear_eval.load_encoder("theirs.pth", **given)
+    with pytest.raises(common.InputError, match="no stem_pading; it has key"):
+        linear_eval.load_encoder("theirs.pth", stem_pading=2)
     assert ("stem_padding" in info["assumed"]) == (padding is None)
     flags = [f"--stem-padding={padding}", f"--{'no-' * (not pool)}stem-max-pool"] * (padding or 0)
     argv[1] = "theirs.pth"
     status, out, err = call(*argv, *flags, "--export", "mine.pt")
     assert (status, err) == (0, "") and ("stem_padding 1" in out) == (padding is None)
+    for hint in "models need --stem-padding 2\n", "models need --stem-max-pool\n":
+        assert (hint in out) == (padding is None)
     exported, known = linear_eval.load_encoder("mine.pt")
     assert known["assumed"] == [] and known["method"] == "theirs.pth"
     with torch.no_grad():
@@ -861,7 +906,17 @@ def several_convolutions():
     return saved
 
 
+class Shard(torch.Tensor):
+    """As torch.distributed's DTensor."""
+
+    placements = ("Shard(0)",)
+
+
 NO_ENCODER = {
+    "shards": (
+        lambda: changed(conv1__weight=torch.zeros(64, 3, 7, 7).as_subclass(Shard)),
+        r"holds shards, as \['state_dict.conv1.weight'\]: save the full state_dict",
+    ),
     "no weights": (lambda: {"state": 1}, "no convolution of three channels"),
     "a weight missing": (lambda: changed(bn1__running_mean=None), "1 tensors .* bn1.running_mean"),
     "a wrong shape": (lambda: changed(bn1__bias=torch.zeros(63)), "1 tensors .* bn1.bias"),
@@ -885,7 +940,7 @@ def test_what_is_no_encoder_is_refused(kind, monkeypatch):
     make, message = NO_ENCODER[kind]
     saved = make()
     monkeypatch.setattr(linear_eval, "read", lambda path: saved)
-    with pytest.raises(common.InputError, match=f"^some.pt: .*{message}") as line:
+    with pytest.raises(common.InputError, match=f"^some.pt:? .*{message}") as line:
         linear_eval.load_encoder("some.pt")
     assert "\n" not in str(line.value)
 
@@ -899,6 +954,7 @@ REFUSALS = {
     "--export toy.pt": "toy.pt is there already",
     "--export new.pt --features projector": "not for that",
     "--checkpoint random --features projector": "needs a checkpoint.pt",
+    "--checkpoint random --key left": "--key is for files",
     "--checkpoint alone.pt --features projector": "alone.pt: no projector",
     "--features projector --protocol finetune": "not for that",
     "--dataset no_test.pt": "no_test has no test split: hold images out",
@@ -951,6 +1007,7 @@ class Net(torch.nn.Linear):
 
 STRANGE = {  # what the file holds: what it is, and what to do
     b"\n<!DOCTYPE html>": "a web page: download",
+    b"\xef\xbb\xbf<html>": "a web page: download",
     b"version https://git-lfs.github.com/spec/v1\noid sha256:0": "git lfs pull",
     b"\x08\x07\x12\x07pytorch\x1a\x03": "an ONNX model: take",
     b"These are no weights.": "state_dict.*damaged",
@@ -964,7 +1021,7 @@ STRANGE = {  # what the file holds: what it is, and what to do
 def test_strange_files_are_called_by_name(content, tmp_path):
     path = tmp_path / "odd.pt"
     if content == "script":
-        torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), path)
+        torch.jit.save(torch.jit.script(torch.nn.Linear(300, 300)), path)
     elif content == "module":
         torch.save(Net(2, 2), path)
     else:
