@@ -21,7 +21,7 @@ LEARN |= {"carl_carp": 4, "carl_carp --method carp": 5}
 LEARN |= {"supcon_tcl --loss tcl --self-supervised": 3}
 ABLATIONS = {"byol --ablate predictor": 2, "byol --ablate stop-gradient": 2}
 ABLATIONS |= {"vicreg --ablate variance": 2, "carl_carp --ablate kl": 2}
-ABLATIONS |= {"carl_carp --method carp --ablate kl": 5, "corinfomax --ablate logdet": 2}
+ABLATIONS |= {"carl_carp --method carp --ablate kl": 6, "corinfomax --ablate logdet": 2}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -48,7 +48,7 @@ def test_shapes_are_learned(method, folder):  # noqa: F811
 @pytest.mark.parametrize("method", ABLATIONS)
 def test_without_what_prevents_it_a_method_collapses(method, folder):  # noqa: F811
     printed = succeed(method, *SHAPES, ABLATIONS[method])
-    (last,) = [x for x in printed.splitlines() if x.startswith(f"epoch {ABLATIONS[method]}/")]
+    last = [x for x in printed.splitlines() if x.startswith(f"epoch {ABLATIONS[method]}/")][-1]
     kind = "a few directions" if "carp" in method.split() else "a point"
     assert f"collapsed to {kind}" in last
 
