@@ -21,7 +21,7 @@ Starts at log(M - 1), as every z.z is some c; TCL at log(|P| + k1 |P| exp(-c - c
 Notation: z -> z, tau -> temperature, P(i) -> positive, N(i) -> negative, I -> the M = VB views.
 
 Run:    python supcon_tcl.py --dataset cifar10 --loss tcl --epochs 100   (Python 3.10 or newer)
-Result: see README.md, section Results. Without --self-supervised it used the training labels.
+Result: shapes, a9f6180: kNN SupCon 100.0 %, 135 s, TCL 99.6 %, 133 s, no labels 98.9 %, 123 s.
 
 Differences
  1. S004 sums over the anchors; its code and ours average. HobbitLong/SupContrast multiplies by

@@ -53,7 +53,8 @@ def three_steps(case, where):
     model = common.set_up(model, args).double()
     forward, terms = common.distributed(model), []
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.01, 0.9)
-    augment = common.Augment(recipes, args.image_size, data.mean, data.std)
+    part = common.rank(), common.world_size()
+    augment = common.Augment(recipes, args.image_size, data.mean, data.std, part=part)
     for step, batch in enumerate(common.training_batches(data.pretrain, 1, args, recipes)):
         images, labels = batch
         torch.manual_seed(step)  # for what the model draws
