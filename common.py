@@ -527,11 +527,9 @@ def projections(model, views, args) -> dict:
         return {}
     backbone, projector = copy.deepcopy((method.backbone, method.projector))
     concat = getattr(method, "concat_views", False)
-    z, size = [], args.batch_size // world_size()
-    for part in zip(*(view.split(size) for view in views), strict=True):
-        with autocast(args):
-            h = forward_views(backbone, part, concat)
-            z += forward_views(projector, h, concat)
+    with autocast(args):
+        h = forward_views(backbone, views, concat)
+        z = forward_views(projector, h, concat)
     return {"z": gather([torch.cat(z).float()])[0]}
 
 
@@ -855,7 +853,8 @@ class Run:
         """The collapse figures of h in eval mode, and of z in train mode, as a step has it."""
         data, args = self.data, self.args
         features = {"h": encode(self.model.backbone, data.train.spread(1024), args, data)}
-        views = random_views(data.train.spread(512).part(), self.augment, args)
+        some = data.train.spread(min(512, 8 * args.batch_size)).part()
+        views = random_views(some, self.augment, args)
         features |= projections(self.model, views, args)
         for name, value in features.items():
             wrong = f"step {self.step}: {name} is not finite; try a lower --lr and another --out"

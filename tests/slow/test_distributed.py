@@ -123,7 +123,7 @@ def test_stopped_and_resumed(folder):  # noqa: F811
     argv += ["--knn-every", "1"]
     status, out, err = finish(torchrun(*argv, "--out", "whole"))
     assert (status, err) == (0, ""), err
-    assert out.count("epoch 3/3") == 1 and out.count("linear_eval.py") == 1
+    assert out.count("epoch 3/3") == 1 and out.count("--checkpoint") == 1
     assert json.loads(Path("whole/config.json").read_text())["processes"] == 2
 
     process = torchrun(*argv, "--out", "run")
