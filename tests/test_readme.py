@@ -2,9 +2,12 @@
 
 import argparse
 import ast
+import dataclasses
 import functools
 import importlib
+import itertools
 import json
+import math
 import re
 import shlex
 import sys
@@ -12,6 +15,8 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+import torch
+import torch.nn.functional as F
 from test_copyable import global_names
 
 import common
@@ -199,3 +204,29 @@ def test_what_may_be_copied_is_whole():
         for name in re.findall(r"`(\w+)`", what + with_it):
             needed = global_names(compile(parts[name], name, "exec")) - known - {name}
             assert [x for x in needed if not x.startswith("__")] == [], f"{what}: {name}"
+
+
+def test_what_is_copied_computes_the_same():
+    """Augment, LARS and knn_scores, cut out as the front page says, beside common.py's."""
+    space = {"torch": torch, "F": F, "Tensor": torch.Tensor, "math": math}
+    space |= {"itertools": itertools, "dataclasses": dataclasses}
+    source = (ROOT / "common.py").read_text()
+    named = {what: what + with_it for what, with_it, _ in table_with("imports")}
+    wanted = re.findall(r"`(\w+)`", named["`Augment`"] + named["`LARS`"] + named["`knn_scores`"])
+    for node in ast.parse(source).body:
+        name = getattr(node, "name", None) or ast.unparse(getattr(node, "targets", [node])[0])
+        if name in wanted:
+            exec(ast.unparse(node), space)
+    images = torch.randint(256, (4, 3, 20, 20), dtype=torch.uint8)
+    features, labels, found = torch.randn(9, 5), torch.arange(9) % 3, []
+    for place in space, vars(common):
+        recipes = place["asymmetric"](2)
+        augment = place["Augment"](recipes, 16, (0.5,) * 3, (0.2,) * 3)
+        layer = torch.nn.Linear(5, 3)
+        torch.nn.init.constant_(layer.weight, 0.1)
+        layer(features).sum().backward()
+        place["LARS"](layer.parameters(), 0.1).step()
+        views = augment(images, torch.Generator().manual_seed(0))
+        scores = place["knn_scores"](features, labels, features[:2], 3)
+        found.append([*views, layer.weight.detach(), scores])
+    assert all(torch.equal(copied, ours) for copied, ours in zip(*found, strict=True))
