@@ -175,7 +175,8 @@ def augmented(data, epoch, steps, args):
     """The batches of an epoch, cropped and mirrored at random: (views, labels)."""
     how = {"jitter_p": 0, "gray_p": 0} | AUGMENTS[args.augment]
     recipe = common.Recipe((args.crop_min, 1.0), **how)
-    augment = common.Augment([recipe], args.image_size, data.mean, data.std, args.device)
+    part = common.rank(), common.world_size()
+    augment = common.Augment([recipe], args.image_size, data.mean, data.std, args.device, part)
     batches = common.training_batches(data.train, epoch, args, [recipe])
     for i, (images, labels) in enumerate(batches):
         rng = common.generator(args.seed, "linear", epoch * steps + i, args.device)
