@@ -1542,22 +1542,22 @@ fraction, positive = number(float, 0, 1), number(float, 1e-9)
 # fmt: off
 def shared_arguments(p):
     """The flags that training and evaluation have in common."""
-    add = p.groups["most used"].add_argument
-    add("--dataset", default="cifar10", help=f"{', '.join(DATASETS)}; a folder; a .pt")
-    add("--arch", choices=ARCHITECTURES, default="resnet18", help="torchvision's name")
-    add("--device", help="cuda, cpu, ... (default: cuda where there is one)")
-    add("--seed", type=whole, default=0, help="the only source of randomness")
-    add = p.groups["data"].add_argument
-    add("--data-dir", default="data", help="where named datasets are kept, packed")
-    add("--image-size", type=number(int, 8), help="side of the views (default: by data)")
-    add("--stem", choices=STEMS, default="auto", help="auto: small up to 64 pixels")
-    add = p.groups["hardware"].add_argument
-    add("--workers", type=whole, help="processes that decode images (default: by cores)")
-    add("--precision", choices=PRECISIONS, help="default: bf16 where it is fast")
-    add = p.groups["nearest neighbours"].add_argument
-    add("--knn-k", type=count, default=200, help="neighbours; fewer on small sets")
-    add("--knn-temperature", type=positive, default=0.1, help="of the neighbours' votes")
-    add("--knn-bank", type=whole, default=0, help="N of the training images; 0: all")
+    g = p.groups["most used"]
+    g.add_argument("--dataset", default="cifar10", help=f"{', '.join(DATASETS)}; a folder; a .pt")
+    g.add_argument("--arch", choices=ARCHITECTURES, default="resnet18", help="torchvision's name")
+    g.add_argument("--device", help="cuda, cpu, ... (default: cuda where there is one)")
+    g.add_argument("--seed", type=whole, default=0, help="the only source of randomness")
+    g = p.groups["data"]
+    g.add_argument("--data-dir", default="data", help="where named datasets are kept, packed")
+    g.add_argument("--image-size", type=number(int, 8), help="side of the views (default: by data)")
+    g.add_argument("--stem", choices=STEMS, default="auto", help="auto: small up to 64 pixels")
+    g = p.groups["hardware"]
+    g.add_argument("--workers", type=whole, help="processes that decode images (default: by cores)")
+    g.add_argument("--precision", choices=PRECISIONS, help="default: bf16 where it is fast")
+    g = p.groups["nearest neighbours"]
+    g.add_argument("--knn-k", type=count, default=200, help="neighbours; fewer on small sets")
+    g.add_argument("--knn-temperature", type=positive, default=0.1, help="of the neighbours' votes")
+    g.add_argument("--knn-bank", type=whole, default=0, help="N of the training images; 0: all")
 
 
 def base_parser(description):
@@ -1566,35 +1566,35 @@ def base_parser(description):
     p = Parser(description.strip().splitlines()[0], "method")
     yes_or_no = argparse.BooleanOptionalAction
     shared_arguments(p)
-    add = p.groups["most used"].add_argument
-    add("--epochs", type=count, default=200, help="passes over the training images")
-    add("--batch-size", type=number(int, 2), help="images (not views)")
-    add("--lr", type=positive, help="learning rate, for a batch of 256 if scaled")
-    add("--out", help="folder of the run (default: runs/METHOD_DATASET_ARCH)")
-    add("--resume", action="store_true", help="go on from the checkpoint in --out")
-    add("--init", help="an encoder.pt to start from")
-    add = p.groups["data"].add_argument
-    add("--views", type=number(int, 2), default=2, help="views of each image")
-    add("--color-strength", type=number(float, 0, 4), default=1.0, help="of the jitter")
-    add("--crop-min", type=number(float, 1e-3, 1), default=0.08, help="share of area")
-    add("--blur", type=fraction, default=0.0, help="probability of Gaussian blur")
-    add = p.groups["training"].add_argument
-    add("--optimizer", choices=OPTIMIZERS, help="update rule")
-    add("--lr-scaling", choices=SCALINGS, default="linear", help="of lr with the batch")
-    add("--schedule", choices=("cosine", "constant"), default="cosine", help="of lr")
-    add("--momentum", type=fraction, default=0.9, help="of sgd and lars")
-    add("--weight-decay", type=number(float, 0), help="not on 1-D tensors")
-    add("--warmup-epochs", type=number(float, 0), default=10.0, help="if not given: at "
-        "most a tenth of the epochs")
-    add("--increase-mi", choices=tuple(MI_WEIGHTS), help="ip, mib decrease it (S002)")
-    add("--mi-weight", type=number(float, 0), help="default: 1 rc, lbe; 5e-4 ip, mib")
-    add("--concat-views", action=yes_or_no, help="pass all at once (default: by method)")
-    p.groups["hardware"].add_argument(
-        "--compile", action=yes_or_no, help="default: on a GPU, from 2000 steps on")
-    p.groups["saving"].add_argument(
-        "--save-every", type=whole, default=0, help="epochs between encoder_EPOCH.pt")
-    p.groups["nearest neighbours"].add_argument(
-        "--knn-every", type=whole, default=10, help="epochs between kNN figures; 0 none")
+    g = p.groups["most used"]
+    g.add_argument("--epochs", type=count, default=200, help="passes over the training images")
+    g.add_argument("--batch-size", type=number(int, 2), help="images (not views)")
+    g.add_argument("--lr", type=positive, help="learning rate, for a batch of 256 if scaled")
+    g.add_argument("--out", help="folder of the run (default: runs/METHOD_DATASET_ARCH)")
+    g.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
+    g.add_argument("--init", help="an encoder.pt to start from")
+    g = p.groups["data"]
+    g.add_argument("--views", type=number(int, 2), default=2, help="views of each image")
+    g.add_argument("--color-strength", type=number(float, 0, 4), default=1.0, help="of the jitter")
+    g.add_argument("--crop-min", type=number(float, 1e-3, 1), default=0.08, help="share of area")
+    g.add_argument("--blur", type=fraction, default=0.0, help="probability of Gaussian blur")
+    g = p.groups["training"]
+    g.add_argument("--optimizer", choices=OPTIMIZERS, help="update rule")
+    g.add_argument("--lr-scaling", choices=SCALINGS, default="linear", help="of lr with the batch")
+    g.add_argument("--schedule", choices=("cosine", "constant"), default="cosine", help="of lr")
+    g.add_argument("--momentum", type=fraction, default=0.9, help="of sgd and lars")
+    g.add_argument("--weight-decay", type=number(float, 0), help="not on 1-D tensors")
+    g.add_argument("--warmup-epochs", type=number(float, 0), default=10.0,
+                   help="if not given: at most a tenth of the epochs")
+    g.add_argument("--increase-mi", choices=tuple(MI_WEIGHTS), help="ip, mib decrease it (S002)")
+    g.add_argument("--mi-weight", type=number(float, 0), help="default: 1 rc, lbe; 5e-4 ip, mib")
+    g.add_argument("--concat-views", action=yes_or_no, help="pass all at once (default: by method)")
+    g = p.groups["hardware"]
+    g.add_argument("--compile", action=yes_or_no, help="default: on a GPU, from 2000 steps on")
+    g = p.groups["saving"]
+    g.add_argument("--save-every", type=whole, default=0, help="epochs between encoder_EPOCH.pt")
+    g = p.groups["nearest neighbours"]
+    g.add_argument("--knn-every", type=whole, default=10, help="epochs between kNN figures; 0 none")
     return p
 # fmt: on
 
