@@ -738,8 +738,8 @@ if sys.version_info < (3, 10):  # noqa: UP036
     sys.exit("Python 3.10 or newer is needed; this is " + sys.version.split()[0])
 
 BEGINNING = {".lock", "config.json", "views.png"}  # what comes before a checkpoint
-HERE = "resume out device workers compile scaled_lr".split()  # not the run's to keep
-FREE = HERE + "init dataset data_dir save_every knn_every knn_bank knn_k knn_temperature".split()
+MACHINE = "resume out device workers compile scaled_lr".split()  # each start's own
+FREE = MACHINE + "init dataset data_dir save_every knn_every knn_bank knn_k knn_temperature".split()
 
 
 class Run:
@@ -802,14 +802,12 @@ class Run:
         args = self.args
         weights = sum(p.numel() for p in self.model.parameters() if p.requires_grad) / 1e6
         steps = f"{args.epochs} epochs of {self.steps} steps of {args.batch_size} images"
-        rate = (
-            f"{args.optimizer}, lr up to {args.scaled_lr:.4g}, weight decay {args.weight_decay:g}"
-        )
+        decay = f"weight decay {args.weight_decay:g}, {args.warmup_epochs:g} epochs of warm-up"
         device = f"{describe(args)['device']}, {args.precision}" + ", compiled" * args.compile
         print(*self.data.found, sep="\n")
         print(f"{self.method}: {args.arch}, {args.stem} stem, {weights:.1f} M parameters")
         print(f"{steps}, {args.views} views of each, {args.image_size} pixels a side")
-        print(f"{rate}, {args.warmup_epochs:g} epochs of warm-up")
+        print(f"{args.optimizer}, lr up to {args.scaled_lr:.4g}, {decay}")
         print(f"{device}, processes: {world_size()}")
 
     def after_step(self, step, loss, terms):
@@ -1640,7 +1638,7 @@ def begun_with(settings):
     """What a run's config.json says, but for what is for each start to say."""
     with readable(settings, "not readable settings"):
         config = json.loads(settings.read_text("utf-8"))["config"]
-        return {name: value for name, value in config.items() if name not in HERE}
+        return {name: value for name, value in config.items() if name not in MACHINE}
 
 
 def prepare(args, method) -> Dataset:

@@ -241,7 +241,7 @@ def every_seed(encoder, data, test, args):
 
 def balanced(scores, labels):
     """The mean over classes of their images' accuracy."""
-    right = (scores.argmax(1) == labels).double()
+    right = (scores.argmax(1) == labels).float()  # Apple's GPUs have no float64
     return float(torch.stack([right[labels == label].mean() for label in labels.unique()]).mean())
 
 
