@@ -218,6 +218,7 @@ def main():
     parser.add_argument("--dim", type=common.count, default=128, help="of z, D, S001 128")
     parser.add_argument("--ablate", choices=("kl",), help="see it collapse")
     args = common.parse_args(parser, PRESETS, "method")
+    common.only_for(args.method == "carp", "--method carp", "--num-blocks")
     k, blocks = args.num_prototypes, args.num_blocks if args.method == "carp" else None
     wrong = f"--num-prototypes {k} is not a multiple of --num-blocks {blocks} (twice it or more)"
     common.check(blocks is None or k % blocks == 0 and k > blocks, wrong)

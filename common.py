@@ -904,11 +904,9 @@ class Run:
             self.sums = {name: torch.tensor(v, device=self.args.device) for name, v in sums}
 
     def compare(self, path, saved):
-        """InputError where method, settings or data are not those of the checkpoint."""
-        method, config = saved["method"], saved["config"]
-        check(method == self.method, f"{path} is a checkpoint of {method}, not {self.method}")
+        """InputError where settings or data are not those of the checkpoint."""
         for key in sorted(vars(self.args).keys() - set(FREE)):
-            now, then = getattr(self.args, key), config.get(key)
+            now, then = getattr(self.args, key), saved["config"].get(key)
             wrong = f"{path} was made with --{key.replace('_', '-')} {then}, not {now}"
             more = ", at whose end the learning rate is 0: for more, a new run with --init"
             check(now == then, wrong + (more if key == "epochs" else ": --resume needs the same"))
@@ -1637,22 +1635,40 @@ def parse_args(parser, presets, *variants, argv=None):
 def begun_with(settings):
     """What a run's config.json says, but for what is for each start to say."""
     with readable(settings, "not readable settings"):
-        config = json.loads(settings.read_text("utf-8"))["config"]
-        return {name: value for name, value in config.items() if name not in MACHINE}
+        saved = json.loads(settings.read_text("utf-8"))
+        config, command = saved["config"], shlex.split(saved["command"])
+    script = Path(sys.argv[0]).name
+    here = script in [Path(word).name for word in command]
+    check(here, f"{settings} is not of {script}, but of: {shlex.join(command)}")
+    return {name: value for name, value in config.items() if name not in MACHINE}
 
 
-def prepare(args, method) -> Dataset:
-    """The dataset, on the device; fills in the arguments that follow from it and the machine."""
+def only_for(condition, what, *flags):
+    """InputError where `condition` is false, and so nothing would read the flags that are given."""
+    given = {word.split("=")[0] for word in sys.argv}
+    for flag in flags:
+        check(condition or flag not in given, f"{flag} is for {what} alone: leave it out")
+
+
+def prepare(args, method, labels=False) -> Dataset:
+    """The dataset, on the device; fills in the arguments that follow from it and the machine.
+    labels: whether the method needs them, so that unlabeled images stay out."""
     resolve_hardware(args)
     data = load_once(args)
+    if labels:
+        wrong = f"{data.name}: {method} needs labels, of two classes at least"
+        check(len(data.classes) > 1, wrong)
+        data = dataclasses.replace(data, pretrain=data.train)
     batch, n = args.batch_size, len(data.pretrain)
-    check(batch <= n, f"--batch-size {batch} exceeds the {n} training images")
+    kind = "labelled" if labels else "training"
+    check(batch <= n, f"--batch-size {batch} exceeds the {n} {kind} images")
     uneven = f"--batch-size {batch} is not a multiple of the {world_size()} processes"
     check(batch % world_size() == 0, uneven)
     check(agreed(n) == n, f"{data.name} has {n} training images here, and more elsewhere")
     longer = f"--warmup-epochs {args.warmup_epochs:g} exceeds --epochs {args.epochs}"
     check(args.warmup_epochs <= args.epochs, longer)
-    check(args.increase_mi or args.mi_weight is None, "--mi-weight needs --increase-mi")
+    only_for(args.increase_mi, "--increase-mi", "--mi-weight")
+    only_for(args.optimizer in ("sgd", "lars"), "--optimizer sgd or lars", "--momentum")
     if args.mi_weight is None:
         args.mi_weight = MI_WEIGHTS.get(args.increase_mi)
     args.image_size = args.image_size or data.size

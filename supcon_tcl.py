@@ -33,7 +33,6 @@ Differences
     SimCLR, with whose settings S004 A.3 compares, has .2. Its clipped LARS is replaced by Adam.
 """
 
-import dataclasses
 
 import torch
 import torch.nn.functional as F
@@ -203,16 +202,15 @@ def main():
     parser.add_argument("--hidden-dim", type=common.count, help="of the projector (default: as h)")
     parser.add_argument("--dim", type=common.count, help="of the projections, D")
     args = common.parse_args(parser, PRESETS, "loss", "self_supervised")
-    supervised, needless = not args.self_supervised, "--loss cross_entropy needs labels"
+    supervised = not args.self_supervised
+    needless = "--loss cross_entropy needs labels: leave out --self-supervised"
     common.check(supervised or args.loss != "cross_entropy", needless)
     name = args.loss if supervised else f"{args.loss}_self_supervised"
-    data = common.prepare(args, name)
-    if supervised:  # any unlabeled images stay out
-        wrong = f"{data.name}: --loss {args.loss} needs labels, of two classes: --self-supervised"
-        common.check(len(data.classes) > 1, wrong)
-        data = dataclasses.replace(data, pretrain=data.train)
-        few = f"--batch-size {args.batch_size} exceeds the {len(data.train)} labelled images"
-        common.check(args.batch_size <= len(data.train), few)
+    common.only_for(args.loss == "tcl", "--loss tcl", "--k1", "--k2")
+    common.only_for(args.loss != "cross_entropy", "--loss supcon or tcl", "--temperature")
+    by_flags = "--blur", "--color-strength", "--crop-min"
+    common.only_for(args.augment == "simaugment", "--augment simaugment", *by_flags)
+    data = common.prepare(args, name, labels=supervised)
     print(f"labels of the training images: {'USED' if supervised else 'not used'}")
     backbone = common.resnet(args.arch, args.stem)
     args.hidden_dim = args.hidden_dim or backbone.num_features  # S004 5.1

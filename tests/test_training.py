@@ -625,7 +625,12 @@ REFUSED = [  # flags after those of a run that is all right, perhaps with a scri
     ("--lr inf", "--lr: inf is out of range"),
     ("--momentum 1.1", "--momentum: 1.1 is out of range, expected a number from 0 to 1"),
     ("--warmup-epochs 4", "--warmup-epochs 4 exceeds --epochs 3"),
-    ("--mi-weight 0.1", "--mi-weight needs --increase-mi"),
+    ("--mi-weight 0.1", "--mi-weight is for --increase-mi alone"),
+    ("--optimizer adam --momentum 0.5", "--momentum is for --optimizer sgd or lars alone"),
+    ("carl_carp --num-blocks 2", "--num-blocks is for --method carp alone"),
+    ("supcon_tcl --k2 2", "--k2 is for --loss tcl alone"),
+    ("supcon_tcl --loss cross_entropy --temperature 1", "is for --loss supcon or tcl alone"),
+    ("supcon_tcl --crop-min 0.5", "--crop-min is for --augment simaugment alone"),
     ("--epoch 2", "unrecognized arguments: --epoch"),  # which could come to mean another flag
     ("--arch resnet19", "invalid choice: 'resnet19'"),
     ("--device abacus", "--device abacus cannot be used here"),
@@ -636,7 +641,7 @@ REFUSED = [  # flags after those of a run that is all right, perhaps with a scri
     ("--out run", "run holds a run or other files: add --resume"),
     ("--out run --resume --lr 0.5", "was made with --lr 0.1, not 0.5"),
     ("--out run --resume --epochs 4", "was made with --epochs 3, not 4"),
-    ("byol --out run --resume", "checkpoint of simclr, not byol"),
+    ("byol --out begun --resume", "config.json is not of byol.py, but of: python simclr.py"),
     ("--out run --resume --seed 1", "was made with --seed 0, not 1"),
     ("--out fewer --resume", "made with other data: images 11, not 68"),
     ("--out other --resume", "made with other data: content 0, not "),
@@ -667,6 +672,8 @@ def test_refused(typed, said, small, whole):
     for name in "foreign", *STRANGE:
         Path(name).mkdir()
     Path("foreign/notes.txt").write_text("of somebody")
+    Path("begun").mkdir()
+    shutil.copy("run/config.json", "begun")  # killed before anything was saved
     for name, change in STRANGE.items():
         store(change(load("run/checkpoint.pt")), f"{name}/checkpoint.pt")
     words, before = shlex.split(typed), tree(small)
