@@ -33,7 +33,6 @@ Differences
     SimCLR, with whose settings S004 A.3 compares, has .2. Its clipped LARS is replaced by Adam.
 """
 
-
 import torch
 import torch.nn.functional as F
 from torch import nn
