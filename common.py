@@ -1725,6 +1725,23 @@ def keep_freed_memory() -> None:
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap does not shrink
 
 
+class Conv3x3(nn.Conv2d):
+    """A 3x3 convolution with padding 1, for CPUs. Of maps of 2 pixels a side or 1, which layer3 and
+    layer4 have of 32 pixels behind the ImageNet stem, each output pixel sees the whole input: one
+    matrix product does the same in less than half of the time."""
+
+    def forward(self, x):
+        side = x.shape[-1]
+        if x.shape[2:] not in [(1, 1), (2, 2)]:
+            return super().forward(x)
+        # Output pixel i sees `side` rows, or columns, of the kernel, from 1 - stride * i on.
+        starts = [1 - i for i in range(0, side, self.stride[0])]
+        parts = [self.weight[:, :, i : i + side, j : j + side] for i in starts for j in starts]
+        matrix = torch.stack(parts).permute(0, 1, 3, 4, 2).flatten(2).flatten(0, 1)
+        y = F.linear(x.permute(0, 2, 3, 1).flatten(1), matrix)  # [B, pixels * C_out]
+        return y.unflatten(1, (len(starts), len(starts), -1)).permute(0, 3, 1, 2)
+
+
 def set_up(model, args):
     """The method on its device, with what the flags that all methods share change in it."""
     if args.concat_views is not None:
@@ -1735,6 +1752,10 @@ def set_up(model, args):
     if args.increase_mi:
         model = MutualInformation(model, args.increase_mi, args.mi_weight, args.image_size)
     model = synchronized(model, args)
+    if torch.device(args.device).type == "cpu":
+        for module in model.modules():
+            if type(module) is nn.Conv2d and module.kernel_size == (3, 3) and module.bias is None:
+                module.__class__ = Conv3x3
     return model.to(args.device, memory_format=torch.channels_last).train()
 
 

@@ -148,6 +148,28 @@ def test_resnet_is_torchvisions(stem):
     assert model.num_features == 512
 
 
+@pytest.mark.parametrize("side, stride", [(1, 1), (2, 1), (2, 2), (4, 1)])
+def test_convolution_of_small_maps(side, stride):
+    """Values and gradients are nn.Conv2d's."""
+    conv = nn.Conv2d(5, 7, 3, stride, padding=1, bias=False).double()
+    x = torch.randn(4, 5, side, side, dtype=torch.float64, requires_grad=True)
+    found = []
+    for conv.__class__ in nn.Conv2d, common.Conv3x3:
+        y = conv(x)
+        found.append((y, *torch.autograd.grad(y.square().sum(), (x, conv.weight))))
+    for plain, ours in zip(*found, strict=True):
+        close(ours, plain, atol=1e-12)
+
+
+def test_a_resnet_that_is_set_up_on_a_cpu_is_the_same():
+    encoder, x = common.resnet("resnet18", "imagenet").double(), torch.rand(4, 3, 32, 32).double()
+    before, keys = encoder(x), list(encoder.state_dict())
+    common.set_up(encoder, SimpleNamespace(concat_views=None, increase_mi=None, device="cpu"))
+    assert sum(type(module) is common.Conv3x3 for module in encoder.modules()) == 16
+    assert list(encoder.state_dict()) == keys
+    close(encoder(x), before, atol=1e-12)
+
+
 def test_unknown_resnet_is_named():
     for words in ["resnet19"], ["resnet18", "big"]:
         with pytest.raises(ValueError, match=words[-1]):
