@@ -23,6 +23,7 @@ import copy
 import ctypes
 import dataclasses
 import errno
+import functools
 import hashlib
 import importlib.util
 import itertools
@@ -505,12 +506,7 @@ def encode(backbone, split, args, data, batch_size=512) -> Tensor:
     several processes computes a part, and gets all."""
     training, features, part = backbone.training, [], split.part()
     backbone.eval()
-    if split.in_memory:
-        batches = part.images.split(batch_size)
-    else:
-        stream = decode(part, [(i, None) for i in range(len(part))], batch_size, args)
-        batches = (crops[:, 0] for crops, _ in stream)
-    for images in batches:
+    for images, _ in batches_of(part, torch.arange(len(part)), batch_size, args):
         x = evaluation_view(images, args.image_size, data.mean, data.std)
         with autocast(args):
             features.append(backbone(x).float())
@@ -753,7 +749,7 @@ class Run:
         self.sums = {}  # of loss and terms over the steps of the epoch, on the device
         self.log, self.baselines, self.saved_at = [], {}, time.time()
         self.with_knn = args.knn_every > 0 and data.test is not None and len(data.classes) > 1
-        self.known_by = on_first(lambda: recognition(data))
+        self.identity = on_first(lambda: recognition(method, data, args))
         self.progress, self.stop = Progress(args.epochs, steps, args.batch_size), StopSignals()
 
     def begin(self, augment):
@@ -894,7 +890,11 @@ class Run:
         """What `save` wrote; InputError where it is of another run, or of none."""
         saved = on_first(lambda: load_whole(path))
         with readable(path, "does not fit"):
-            self.compare(path, saved)
+            for what, then in saved["identity"].items():
+                now, more = self.identity.get(what), ": --resume needs the same"
+                if what == "--epochs":
+                    more = ", at whose end the learning rate is 0: for more, a new run with --init"
+                check(now == then, f"{path} was made with {what} {then}, not {now}{more}")
             self.model.load_state_dict(saved["model"])
             self.optimizer.load_state_dict(saved["optimizer"])
             self.scaler.load_state_dict(saved["scaler"])
@@ -902,17 +902,6 @@ class Run:
             self.log, self.baselines = list(saved["log"]), dict(saved["baselines"])
             sums = saved["sums"].items()
             self.sums = {name: torch.tensor(v, device=self.args.device) for name, v in sums}
-
-    def compare(self, path, saved):
-        """InputError where settings or data are not those of the checkpoint."""
-        for key in sorted(vars(self.args).keys() - set(FREE)):
-            now, then = getattr(self.args, key), saved["config"].get(key)
-            wrong = f"{path} was made with --{key.replace('_', '-')} {then}, not {now}"
-            more = ", at whose end the learning rate is 0: for more, a new run with --init"
-            check(now == then, wrong + (more if key == "epochs" else ": --resume needs the same"))
-        for what, then in saved["data"].items():
-            here = self.known_by[what]
-            check(here == then, f"{path} was made with other data: {what} {then}, not {here}")
 
     def save(self):
         """checkpoint.pt has what is needed to go on, encoder.pt what is needed to use it. What is
@@ -928,7 +917,7 @@ class Run:
             return
         state = {"model": weights, "optimizer": self.optimizer.state_dict(), "sums": sums}
         state |= {"scaler": self.scaler.state_dict(), "log": self.log, "baselines": self.baselines}
-        state["data"] = self.known_by
+        state["identity"] = self.identity
         previous = self.folder / "checkpoint.previous.pt"
         with atomic_write(self.folder / "checkpoint.pt", previous) as file:
             torch.save(state | self.about(), file)
@@ -1009,20 +998,21 @@ class Progress:
         print(f"{before}epoch {self.epoch}/{self.epochs}  {text}", end=end, flush=True)
 
 
-def recognition(data):
-    """What the data of a run is known by, wherever it lies: number, classes, some of the images."""
+def recognition(method, data, args):
+    """What has to be the same where a run goes on: method, settings, and the data, wherever it
+    lies: number, classes, some of the images."""
     some = data.pretrain.spread(64).images
     parts = [x.read_bytes() if isinstance(x, Path) else x.cpu().numpy().tobytes() for x in some]
     content = hashlib.sha256(b"".join(parts)).hexdigest()[:12]
-    return {"images": len(data.pretrain), "classes": data.classes, "content": content}
+    names = sorted(vars(args).keys() - set(FREE))
+    same = {"method": method} | {f"--{n.replace('_', '-')}": getattr(args, n) for n in names}
+    return same | {"images": len(data.pretrain), "classes": data.classes, "content": content}
 
 
 def random_views(split, augment, args):
     """Views of each image of a split, the same at every call: V of [N, 3, S, S]."""
-    images, first = split.images, rank() * len(split)
-    if not split.in_memory:
-        items = [(i, first + i) for i in range(len(split))]
-        images, _ = next(decode(split, items, len(items), args, augment.recipes))
+    index, first = torch.arange(len(split)), rank() * len(split)
+    images, _ = next(batches_of(split, index, len(split), args, augment.recipes, first))
     return augment(images, generator(args.seed, "views", 0, args.device))
 
 
@@ -1076,10 +1066,9 @@ class Split:
         return self.take(torch.arange(count) * len(self) // count)
 
     def take(self, index):
-        labels = self.labels[index.to(self.labels.device)]
-        if self.in_memory:
-            return Split(self.images[index.to(self.images.device)], labels)
-        return Split([self.images[i] for i in index.tolist()], labels)
+        at = index.tolist()
+        images = self.images[index] if self.in_memory else [self.images[i] for i in at]
+        return Split(images, self.labels[index])
 
     def part(self):
         """This process's part: one after the other, of equal size, the last image repeated."""
@@ -1441,52 +1430,49 @@ def draw_shapes(labels, size, rng):
     return (image.clamp(0, 1) * 255).round().byte()
 
 
-class DecodedViews(torch.utils.data.Dataset):
-    """Images from disk, for worker processes. Item (index, number): uint8 [V, 3, S, S] and label;
-    V random crops that depend on `number`, or one centre crop where it is None."""
-
-    def __init__(self, split, recipes, size, seed):
-        self.split, self.recipes, self.size, self.seed = split, recipes, size, seed
-
-    def __getitem__(self, item):
-        index, number = item
-        image = read_image(self.split.images[index])
-        boxes = [centre_box(image.height, image.width, self.size)]
-        if number is not None:
-            rng, frame = generator(self.seed, "crop", number), (1, image.height, image.width)
-            draw = random_resized_crop_params
-            boxes = [draw(*frame, recipe.scale, generator=rng) for recipe in self.recipes]
-        how = [self.size, self.size], TF.InterpolationMode.BICUBIC
-        crops = [TF.resized_crop(image, *map(int, box), *how) for box in boxes]
-        return torch.stack(list(map(TF.pil_to_tensor, crops))), self.split.labels[index]
+def training_batches(split, epoch, args, recipes, skip=0):
+    """This process's part of the batches of an epoch after the first `skip`, as from batches_of.
+    The order depends on seed and epoch alone; a short last batch is dropped."""
+    order = torch.randperm(len(split), generator=generator(args.seed, "order", epoch))
+    steps, size = len(split) // args.batch_size, args.batch_size // world_size()
+    order = order[: steps * args.batch_size].view(steps, args.batch_size)[skip:]
+    order = mine(order, 1).flatten()
+    return batches_of(split, order, size, args, recipes, epoch * len(split))
 
 
-def decode(split, items, batch_size, args, recipes=()):
-    """Batches (uint8 [B, V, 3, S, S], labels [B]) on the device, decoded ahead by the workers."""
-    batches = [items[i : i + batch_size] for i in range(0, len(items), batch_size)]
-    source = DecodedViews(split, recipes, args.image_size, args.seed)
+def batches_of(split, index, size, args, recipes=(), first=0):
+    """Batches (images, labels [B]) of a split in the order of `index`, on the device. In memory:
+    uint8 [B, 3, H, W]. From disk, decoded ahead by workers: as from decoded."""
+    if split.in_memory:
+        index = index.to(split.images.device)
+        for some in [index[i : i + size] for i in range(0, len(index), size)]:
+            yield split.images[some], split.labels[some]
+        return
+    decode = functools.partial(decoded, split, recipes, first, args)
     pinned = torch.device(args.device).type == "cuda"
     for images, labels in torch.utils.data.DataLoader(
-        source, batch_sampler=batches, num_workers=args.workers, pin_memory=pinned,
+        index.tolist(), size, collate_fn=decode, num_workers=args.workers, pin_memory=pinned,
         worker_init_fn=leave_signals_to_the_parent,
     ):  # fmt: skip
         yield images.to(args.device, non_blocking=True), labels.to(args.device, non_blocking=True)
 
 
-def training_batches(split, epoch, args, recipes, skip=0):
-    """This process's part of the batches of an epoch after the first `skip`: uint8 images
-    [B, 3, H, W], or crops [B, V, 3, S, S] from disk, and labels [B], on the device. The order
-    depends on seed and epoch alone; a short last batch is dropped."""
-    order = torch.randperm(len(split), generator=generator(args.seed, "order", epoch))
-    steps, size = len(split) // args.batch_size, args.batch_size // world_size()
-    order = order[: steps * args.batch_size].view(steps, args.batch_size)[skip:]
-    order = mine(order, 1).flatten()
-    if split.in_memory:
-        for index in order.to(split.images.device).split(size) if len(order) else ():
-            yield split.images[index], split.labels[index]
-    else:
-        items = [(i, epoch * len(split) + i) for i in order.tolist()]
-        yield from decode(split, items, size, args, recipes)
+def decoded(split, recipes, first, args, index):
+    """uint8 [B, V, 3, S, S] and labels: a random crop for each recipe, which depends on seed and
+    first + index alone; without recipes the centre crop, [B, 3, S, S]."""
+    size, images = args.image_size, []
+    for i in index:
+        image = read_image(split.images[i])
+        boxes = [centre_box(image.height, image.width, size)]
+        if recipes:
+            rng, frame = generator(args.seed, "crop", first + i), (1, image.height, image.width)
+            draw = random_resized_crop_params
+            boxes = [draw(*frame, recipe.scale, generator=rng) for recipe in recipes]
+        how = [size, size], TF.InterpolationMode.BICUBIC
+        crops = [TF.resized_crop(image, *map(int, box), *how) for box in boxes]
+        crops = torch.stack(list(map(TF.pil_to_tensor, crops)))
+        images.append(crops if recipes else crops[0])
+    return torch.stack(images), split.labels[index]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1602,13 +1588,8 @@ def parse_args(parser, presets, *variants, argv=None):
     `variants`, or the flag's own name where it is a switch."""
     words = sys.argv[1:] if argv is None else argv
     given = {word.split("=")[0] for word in words}
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for flag in ("dataset", *variants):
-        default = parser.get_default(flag)
-        how = {"action": "store_true"} if default is False else {"nargs": "?", "default": default}
-        first.add_argument(f"--{flag.replace('_', '-')}", **how)
-    known, _ = first.parse_known_args(words)
-    dataset = Path(known.dataset or "")
+    known = parser.parse_args([word for word in words if word not in ("-h", "--help")])
+    dataset = Path(known.dataset)
     name = dataset.stem if dataset.suffix == ".pt" else str(dataset)
     picked = [flag if getattr(known, flag) is True else getattr(known, flag) for flag in variants]
     keys = ["default", name, *picked, *(f"{name} {word}" for word in picked)]
@@ -1621,13 +1602,11 @@ def parse_args(parser, presets, *variants, argv=None):
         args.warmup_epochs = min(args.warmup_epochs, args.epochs / 10)
     if getattr(args, "resume", False) and args.out:
         settings = Path(args.out) / "config.json"
-        begun = settings.is_file()
         wrong = f"{args.out}: nothing to go on with; a run to begin needs --dataset"
-        check(begun or "--dataset" in given, wrong)
-        if begun:
-            source = f"those of {settings}"
+        check(settings.is_file() or "--dataset" in given, wrong)
+        if settings.is_file():
             parser.set_defaults(**begun_with(settings))
-            args = parser.parse_args(words)
+            args, source = parser.parse_args(words), f"those of {settings}"
     print(f"settings: {source}; given: {shlex.join(words) or 'nothing'}"[:120])
     return args
 
@@ -2009,16 +1988,14 @@ def join_processes(args):
     """Where torchrun started this process, meet the others. They speak by NCCL about what is on
     GPUs, one for each process, and by gloo about the rest."""
     alone = dist.is_torchelastic_launched() or int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) == 1
-    command = shlex.join(["srun", "--ntasks-per-node=1", "torchrun", "--nproc-per-node=N"])
-    check(
-        alone, f"srun started several processes that do not know each other: {command} SCRIPT ..."
-    )
+    wrong = "srun started several processes that do not know each other: srun --ntasks-per-node=1 "
+    check(alone, wrong + "torchrun --nproc-per-node=N SCRIPT ...")
     if launched("WORLD_SIZE", 1) == 1 or dist.is_initialized():
         return
     here, gpus = launched("LOCAL_WORLD_SIZE", 1), torch.cuda.device_count()
     gpu = args.device == "cuda"
     wrong = (
-        f"--device {args.device}: {here} processes take cpu, or cuda with as many GPUs, not {gpus}"
+        f"--device {args.device}: {here} processes take cpu, or cuda with a GPU each, not {gpus}"
     )
     check(gpu and here <= gpus or args.device == "cpu", wrong)
     if gpu:
@@ -2064,22 +2041,14 @@ def mine(x, dim=0):
     return x.chunk(world_size(), dim)[rank()] if world_size() > 1 else x
 
 
-def mean_over_processes(x):
-    """The mean of the processes' x, on all of them, with gradient."""
-    return gather([x[None]])[0].mean(0) if world_size() > 1 else x
-
-
 def mean_terms(terms):
     """A dict of scalars, each the mean over the processes, on all of them."""
-    return {name: mean_over_processes(v.detach().float()) for name, v in terms.items()}
+    return {name: gather([v.detach().float()[None]])[0].mean(0) for name, v in terms.items()}
 
 
 def agreed(number):
     """The largest of the processes' numbers, on all of them. It waits for no GPU."""
-    if world_size() > 1:
-        number = torch.tensor(number or 0)
-        dist.all_reduce(number, dist.ReduceOp.MAX)
-    return int(number or 0)
+    return int(gather([torch.tensor([number or 0])])[0].max())
 
 
 def on_first(function):

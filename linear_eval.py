@@ -152,7 +152,7 @@ def fit(loss_of, batches, groups, steps, args):
             optimizer.zero_grad(set_to_none=True)
             total = total + loss.detach()
             bar.update(i, total)
-        total = float(common.mean_over_processes(total))
+        total = float(common.mean_terms({"loss": total})["loss"])
         check(math.isfinite(total), f"loss not finite in epoch {epoch}: try a lower --lr")
         if epoch % max(1, args.epochs // 5) == 0:
             bar.show(f"loss {total / steps:.4f}")

@@ -244,7 +244,7 @@ def test_knn_monitor():
 
 def test_encode_is_the_backbone_in_eval_mode():
     backbone = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten()).train()
-    split, data = common.Split(noise_bytes(10, 16), None), SimpleNamespace(mean=MEAN, std=STD)
+    split, data = common.Split(noise_bytes(10, 16), torch.zeros(10)), hardware(mean=MEAN, std=STD)
     features = common.encode(backbone, split, hardware(), data, batch_size=3)
     assert backbone.training and backbone[1].running_mean.eq(0).all()
     with torch.no_grad():

@@ -212,19 +212,22 @@ def test_only_so_many_bytes_are_held_in_memory(tmp_path, monkeypatch):
         assert common.load_dataset(str(root)).train.in_memory == held
 
 
+known = functools.partial(common.recognition, "a method", args=SimpleNamespace(seed=0))
+
+
 def test_the_data_of_a_run_is_known_by_its_images(tmp_path):
     paths = [f"{name}/{i}.png" for name in "ab" for i in range(3)]
     one = common.load_dataset(str(fill(tmp_path / "one", *paths)))
     (tmp_path / "one").rename(tmp_path / "two")
     moved = common.load_dataset(str(tmp_path / "two"))
-    assert common.recognition(moved) == common.recognition(one)
+    assert known(moved) == known(one)
     (tmp_path / "two" / "a").rename(tmp_path / "two" / "c")
-    other = common.recognition(common.load_dataset(str(tmp_path / "two")))
+    other = known(common.load_dataset(str(tmp_path / "two")))
     assert other["classes"] == ["b", "c"]
     Image.new("RGB", (8, 6), RED).save(tmp_path / "two" / "b" / "0.png")
-    assert common.recognition(common.load_dataset(str(tmp_path / "two")))["content"] not in (
+    assert known(common.load_dataset(str(tmp_path / "two")))["content"] not in (
         other["content"],
-        common.recognition(one)["content"],
+        known(one)["content"],
     )
 
 
@@ -373,12 +376,11 @@ def streamed(tmp_path):
 
 
 def test_decode_for_evaluation(streamed):
-    """One centre crop of every image in order: [B, 1, 3, S, S]; what is encoded."""
-    items = [(i, None) for i in range(6)]
-    batches = list(common.decode(streamed, items, 4, hardware(image_size=32)))
-    assert [images.shape for images, _ in batches] == [(4, 1, 3, 32, 32), (2, 1, 3, 32, 32)]
+    """One centre crop of every image in order: [B, 3, S, S]; what is encoded."""
+    batches = list(common.batches_of(streamed, torch.arange(6), 4, hardware(image_size=32)))
+    assert [images.shape for images, _ in batches] == [(4, 3, 32, 32), (2, 3, 32, 32)]
     assert torch.cat([labels for _, labels in batches]).tolist() == [0, 0, 0, 1, 1, 1]
-    images = torch.cat([images for images, _ in batches])[:, 0]
+    images = torch.cat([images for images, _ in batches])
     for path, image in zip(streamed.images, images, strict=True):
         original = Image.open(path)
         shorter = min(original.size)  # 7/8 of it, but at least what is asked for
