@@ -144,7 +144,7 @@ PRESETS = {
     "cifar100": {},  # solo, htdt: as CIFAR-10
     "stl10": {"batch_size": 256, "blur": 1.0, "image_size": 96},  # InfoCL's batch, deepmind's blur
     "tiny_imagenet": {"image_size": 64},  # htdt: 64 pixels; the rest as on CIFAR-10
-    "imagenette": {  # S000 10.2, table 12: the batch that was best with ResNet-18
+    "imagenette": {  # S000 10.2, table 12; its accuracies are those of training batches
         "image_size": 128,  # its code; the text says 32
         "blur": 1.0,  # 10.2.1; view 2 a tenth, as in the code
         "batch_size": 64,  # for 148000 steps: 1000 epochs

@@ -37,7 +37,7 @@ Differences. Some of S001 does not work as printed; here is what it means.
     lambda_e may weigh up to four times as much. Here: the equations, and lambda_e as printed.
  6. sthalles/carp is the later, published CARP with a momentum teacher. This is the thesis's.
  7. All views pass in one batch, as in listing 2. More than two: the mean over their pairs.
- 8. CARP's views are those of listing 3; S001 6.5.3 says crops from .125 on, and blur with p = .5.
+ 8. CARP's views: listing 3's, crops from .15 on ImageNet alone; 6.5.3 says from .125, blur .5.
  9. S001's rates end at .0006 (CARL) and .00054 (CARP), ours at 0. CARP's 5.4, there for batch 256,
     is .45 * 3072 / 256, the rule of sthalles/carp for 3072 images. Here: .45 for each 256.
 10. On STL-10, S001 (5.7.3) pretrains on the unlabelled images alone, ours on the 5000 others, too.
@@ -162,13 +162,12 @@ def make_recipes(args):
 IMAGENET = {  # S001 6.5, which is CARP's; for CARL there is none
     "arch": "resnet50",  # 6.5
     "num_prototypes": 3000,  # 6.5
-    "crop_min": 0.15,  # listing 3
     "optimizer": "lars",  # 6.5
     "lr": 0.45,  # difference 9
     "warmup_epochs": 0,  # none is mentioned
     "image_size": 224,  # 6.5
 }
-CARP_IMAGENET = {"num_prototypes": 3000, "num_blocks": 12}  # S001 6.5
+CARP_IMAGENET = {"num_prototypes": 3000, "num_blocks": 12, "crop_min": 0.15}  # S001 6.5, listing 3
 CARP_IMAGENET |= {"kl_start": 2.0, "kl_end": 0.15, "kl_decay": 0.15}  # over 30 of 200 epochs
 PRESETS = {
     "default": {
@@ -219,6 +218,7 @@ def main():
     parser.add_argument("--ablate", choices=("kl",), help="see it collapse")
     args = common.parse_args(parser, PRESETS, "method")
     common.only_for(args.method == "carp", "--method carp", "--num-blocks")
+    common.check(args.num_prototypes > 1, "--num-prototypes 1 teaches nothing: two or more")
     k, blocks = args.num_prototypes, args.num_blocks if args.method == "carp" else None
     wrong = f"--num-prototypes {k} is not a multiple of --num-blocks {blocks} (twice it or more)"
     common.check(blocks is None or k % blocks == 0 and k > blocks, wrong)

@@ -120,7 +120,8 @@ PRESETS = {
     "cifar10": {},
     "s002": {"epochs": 30, "batch_size": 256, "optimizer": "adam", "lr": 3e-4}  # Section 4
     | {"lr_scaling": "none", "schedule": "constant", "warmup_epochs": 0}
-    | {"weight_decay": 0.0, "temperature": 0.5, "color_strength": 1.0},  # its code, InfoCL
+    | {"weight_decay": 0.0, "temperature": 0.5}  # InfoCL's code, as what follows
+    | {"color_strength": 1.0, "blur": 0.0},
     "cifar100": {},  # solo, htdt: as CIFAR-10
     "shapes": {  # ours: seconds an epoch on two cores
         "epochs": 8,

@@ -93,7 +93,7 @@ def pull_and_push(z, y, temperature=0.1, k1=0.0, k2=1.0):
         near = ((cosine - 1) / temperature).exp()  # all over exp(1 / tau), which might overflow
         hard = k1 * (-cosine - 1 / temperature).exp()
         d = ((near + hard) * positive + k2 * near * negative).sum(1, keepdim=True).clamp(min=1e-30)
-        count = positive.sum(1, keepdim=True).clamp(min=1)  # |P(i)|
+        count = positive.sum(1, keepdim=True).clamp(min=1).to(z.dtype)  # |P(i)|
         pull = (1 / count - near / d + temperature * hard / d).abs() * positive  # Eq. 4.19
         anchor = positive.any(1, keepdim=True)
         push = k2 * near / d * (negative & anchor) / negative.sum(1, keepdim=True).clamp(min=1)
@@ -213,7 +213,8 @@ def main():
     print(f"labels of the training images: {'USED' if supervised else 'not used'}")
     backbone = common.resnet(args.arch, args.stem)
     args.hidden_dim = args.hidden_dim or backbone.num_features  # S004 5.1
-    print(f"head: {args.hidden_dim} hidden units, as many as h has by default, or linear")
+    if args.loss != "cross_entropy":
+        print(f"projector: {args.hidden_dim} hidden units; by default as many as h has")
     heads, knobs = (args.hidden_dim, args.dim), (args.temperature, args.k1, args.k2)
     model = SupConTCL(backbone, len(data.classes), args.loss, *heads, *knobs, args.self_supervised)
 
