@@ -3,12 +3,23 @@ file imports another, and common.py does not know which methods there are."""
 
 import ast
 import builtins
+import copy
 import dis
+import inspect
+import itertools
+import math
 import sys
 import types
 from pathlib import Path
+from unittest import mock
 
 import pytest
+import test_losses
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import common
 
 ROOT = Path(__file__).resolve().parent.parent
 METHOD_FILES = sorted(set(ROOT.glob("*.py")) - {ROOT / "common.py", ROOT / "linear_eval.py"})
@@ -54,6 +65,27 @@ def test_losses_need_only_torch(path):
         todo += [other for other in names & defined.keys() if other not in todo]
         missing = {x for x in names - defined.keys() if not x.startswith("__")} - {"torch", "F"}
         assert not missing, f"{name} needs {sorted(missing)}"
+
+
+@pytest.mark.parametrize("name", test_losses.MODELS)
+def test_a_model_can_be_cut_out(name):
+    """With what its file defines, forward_views and mlp; gather, in one process, is its argument."""
+    model, views = test_losses.build(name), test_losses.make_views()
+    modules = {"torch": torch, "F": F, "nn": nn, "copy": copy, "itertools": itertools, "math": math}
+    pieces = dict(modules)
+    for piece in common.mlp, common.forward_views:
+        exec(inspect.getsource(piece), pieces)
+    cut = modules | {"common": types.SimpleNamespace(**pieces, gather=list)}
+    for node in definitions(ROOT / f"{type(model).__module__}.py").values():
+        exec(ast.unparse(node), cut)
+    with mock.patch.dict(vars(test_losses), cut):
+        copied = test_losses.build(name)
+    assert type(copied) is cut[type(model).__name__] is not type(model)
+    found = []
+    for either in copied, model:
+        torch.manual_seed(0)  # of CARP's partition
+        found.append(either(views, test_losses.LABELS))
+    torch.testing.assert_close(*found, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("path", METHOD_FILES, ids=lambda path: path.name)
