@@ -69,7 +69,7 @@ def test_losses_need_only_torch(path):
 
 @pytest.mark.parametrize("name", test_losses.MODELS)
 def test_a_model_can_be_cut_out(name):
-    """With what its file defines, forward_views and mlp; gather, in one process, is its argument."""
+    """With what its file defines, forward_views and mlp; gather() is as in one process."""
     model, views = test_losses.build(name), test_losses.make_views()
     modules = {"torch": torch, "F": F, "nn": nn, "copy": copy, "itertools": itertools, "math": math}
     pieces = dict(modules)
