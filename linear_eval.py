@@ -42,7 +42,6 @@ import math
 import os
 import re
 import sys
-import textwrap
 import time
 import zipfile
 from pathlib import Path, PurePosixPath
@@ -460,10 +459,8 @@ def new_figure(width, height, title, caption, rows=1, columns=1):
     from matplotlib.figure import Figure
 
     figure = Figure((width, height), dpi=100, layout="constrained", facecolor="white")
-    title = textwrap.fill(one_line(title), int(8 * width))
-    caption = textwrap.fill(one_line(caption), int(12 * width))
-    figure.suptitle(title, x=0.01, ha="left", fontsize=14)
-    figure.supxlabel(caption, x=0.01, ha="left", fontsize=10)
+    figure.suptitle(one_line(title), x=0.01, ha="left", fontsize=14, wrap=True)
+    figure.supxlabel(one_line(caption), x=0.01, ha="left", fontsize=10, wrap=True)
     return figure, figure.subplots(rows, columns, squeeze=False).flatten()
 
 
@@ -662,10 +659,13 @@ def load_encoder(path, **overrides):
     info = completed(said, chosen, path, ours)
     info |= {name: about.get(name) for name in ("method", "dataset", "config")}
     info["epoch"] = saved["epoch"] if isinstance(saved.get("epoch"), int) else None
-    info["found"] = described(chosen, tensors)
+    taken = set(map(id, chosen.weights.values()))
+    rest = [name for name, value in tensors.items() if id(value) not in taken]
+    some = f", such as {rest[0]}" if rest else ""
+    info["found"] = f"{chosen.arch}, {chosen.stem} stem, under {chosen.prefix!r}: all of its "
+    info["found"] += f"{len(chosen.weights)} tensors; ignored: {len(rest)}{some}"
     encoder = network(info)
-    weights = {name: tensors[old] for name, old in chosen.names.items()}
-    encoder.load_state_dict(encoder.state_dict() | weights)
+    encoder.load_state_dict(encoder.state_dict() | chosen.weights)
     info["projector"] = layers = projector_of(chosen, tensors) if ours else None
     if overrides.get("features") == "projector":
         check(layers, f"{path}: no projector; --features projector takes a checkpoint.pt of ours")
@@ -766,20 +766,20 @@ def choose(tensors, path, key):
     whole = [one for one in whole if not words[one.prefix] & COPIES] or whole
     whole = [one for one in whole if "student" in words[one.prefix]] or whole
     first, *others = sorted(whole, key=lambda one: len(one.prefix))
-    others = [one for one in others if differ(one, first, tensors)]
+    others = [one for one in others if differ(one, first)]
     names = ", ".join(repr(one.prefix) for one in (first, *others))
     check(not others, f"{path}: several encoders, {names}: choose with --key")
     return first
 
 
-def differ(one, other, tensors):
-    pairs = [(old, one.names.get(name)) for name, old in other.names.items()]
-    return not all(b and torch.equal(tensors[a], tensors[b]) for a, b in pairs)
+def differ(one, other):
+    pairs = [(one.weights.get(name), value) for name, value in other.weights.items()]
+    return not all(a is not None and torch.equal(a, b) for a, b in pairs)
 
 
-# The ResNet that the tensors below a prefix fit best. first: layer1's number, if any. names: those
-# in the file by torchvision's. wrong: of what is missing, misshapen, or where no ResNet has any.
-Candidate = collections.namedtuple("Candidate", "prefix first arch stem names wrong")
+# A ResNet below a prefix. first: layer1's number, if any. weights: {torchvision's name: tensor}.
+# wrong: names of what is missing, misshapen, or where no ResNet has any.
+Candidate = collections.namedtuple("Candidate", "prefix first arch stem weights wrong")
 
 
 def candidates_in(tensors):
@@ -787,37 +787,35 @@ def candidates_in(tensors):
     channels. The place of layer1 in an nn.Sequential tells what is before it: ReLU and max-pool
     have places of their own, so at 3 there is no max-pool, and at 2 no ReLU either."""
     known = {}
-    for old in tensors:
-        if not old.endswith(("total_ops", "total_params")):  # counted by thop
-            name = functools.reduce(lambda x, part: x.replace(*part), NAMES.items(), old)
-            known[name] = old
-    for name, old in known.items():
+    for name, value in tensors.items():
+        if not name.endswith(("total_ops", "total_params")):  # counted by thop
+            known[functools.reduce(lambda x, pair: x.replace(*pair), NAMES.items(), name)] = value
+    for name, value in known.items():
         start = re.fullmatch(r"(|.*\.)(conv1|0)\.weight", name, re.DOTALL)
-        if not start or tensors[old].ndim != 4 or tensors[old].shape[1] != 3:
+        if not start or value.ndim != 4 or value.shape[1] != 3:
             continue
-        prefix, stem = start[1], "small" if tensors[old].shape[2] == 3 else "imagenet"
+        prefix, stem = start[1], "small" if value.shape[2] == 3 else "imagenet"
         below = {k.removeprefix(prefix): v for k, v in known.items() if k.startswith(prefix)}
         for first in [None] if start[2] == "conv1" else (4, 3, 2):
-            names = below if first is None else named_layers(below, first)
+            found = below if first is None else named_layers(below, first)
             for arch in common.ARCHITECTURES:
-                right, wrong = fitted(names, tensors, shapes_of(arch, stem))
-                yield Candidate(prefix, first, arch, stem, right, wrong)
+                yield Candidate(prefix, first, arch, stem, *fitted(found, shapes_of(arch, stem)))
 
 
 def named_layers(numbered, first):
-    """{name: old name} as torchvision has it for an nn.Sequential with layer1 at number `first`."""
+    """Tensors of an nn.Sequential with layer1 at number `first`, by torchvision's names."""
     heads = {"0": "conv1", "1": "bn1"} | {str(first + i): f"layer{i + 1}" for i in range(4)}
-    parts = {name.partition("."): old for name, old in numbered.items()}
-    return {heads.get(head, head) + dot + rest: old for (head, dot, rest), old in parts.items()}
+    parts = {name.partition("."): value for name, value in numbered.items()}
+    return {heads.get(head, head) + dot + rest: x for (head, dot, rest), x in parts.items()}
 
 
-def fitted(names, tensors, expected):
-    """(names of what is as expected of a ResNet, what is wrong) of {name: old name}."""
-    shapes = {name: tensors[old].shape for name, old in names.items()}
-    inside = [name for name in names if re.match(r"(conv1|bn1|layer\d)\.|.*\.filt$", name)]
-    wrong = [name for name in inside if shapes[name] != expected.get(name)]
-    wrong += [name for name in expected if name not in names]
-    right = {name: names[name] for name in expected if name in names and name not in wrong}
+def fitted(found, expected):
+    """The tensors that have the name and shape that is expected of a ResNet, and names of what is
+    wrong."""
+    inside = [name for name in found if re.match(r"(conv1|bn1|layer\d)\.|.*\.filt$", name)]
+    wrong = [name for name in inside if found[name].shape != expected.get(name)]
+    wrong += [name for name in expected if name not in found]
+    right = {name: found[name] for name in expected if name in found and name not in wrong}
     return right, [name for name in wrong if "num_batches" not in name]  # a counter of no use
 
 
@@ -851,14 +849,6 @@ def completed(said, chosen, path, ours):
     check(right, f"{path}: {unusable}")
     info["mean"], info["std"] = values.tolist()
     return info
-
-
-def described(chosen, tensors):
-    """What was taken of a file, and what was left."""
-    rest = tensors.keys() - chosen.names.values()
-    text = f"{chosen.arch}, {chosen.stem} stem, under {chosen.prefix!r}: all of its "
-    text += f"{len(chosen.names)} tensors; ignored: {len(rest)}"
-    return text + (f", such as {min(rest)}" if rest else "")
 
 
 def projector_of(chosen, tensors):
