@@ -12,17 +12,10 @@ finetune Encoder and classifier are trained together, 20 epochs, the encoder wit
          --encoder-lr .005, in steps (S003 B.2.5, whose rates 20 and 30 of the classifier are for
          features that are not standardised; here .2).
 
---recipe s003  linear: lr .2 to .002, features not standardised (for ImageNet-1K S003 has others);
-               images no larger than the views are enlarged by 8/7 and cropped (B.1.2)
-         s004  linear: lr .5 (S004 A.3), not standardised; weight decay 1e-4 and the last rate, a
-               thousandth, from A.1 and the released code; crops as above, of which A.3 says nothing
-         s004_labels  S004 A.1: 50 epochs, AutoAugment, the contrastive batch. s004 turns into it
-               for what supcon_tcl.py trained with labels
-         s001  50 epochs, linear on another dataset or finetune (S001 5.7.2-4; it gives no rates)
-
-Of another --dataset than the encoder's, images are brought to the encoder's size and statistics
-(InfoCL takes the new dataset's). The accuracy is the last epoch's, on the test images. To choose
-anything, take --validation-fraction, which measures on held-out training images.
+--recipe takes a thesis's settings, which are below at PRESETS. Of another --dataset than the
+encoder's, images are brought to the encoder's size and statistics (InfoCL takes the new dataset's).
+The accuracy is the last epoch's, on the test images. To choose anything, take
+--validation-fraction, which measures on held-out training images.
 
 Run: python linear_eval.py --checkpoint runs/simclr_cifar10_resnet18/encoder.pt --dataset cifar10
 
@@ -376,8 +369,7 @@ def draw_pictures(what, info, measured, args):
 
     pairs = labels * len(classes) + measured.scores[args.protocol].argmax(1).cpu()
     counts = pairs.bincount(minlength=len(classes) ** 2).view(len(classes), -1)
-    how = {"knn": "kNN", "linear": "linear", "finetune": "finetuned"}[args.protocol]
-    yield "confusion", confusion_picture(counts, classes, f"{of}, {how}")
+    yield "confusion", confusion_picture(counts, classes, f"{of}, {args.protocol}")
 
 
 def named(info):
@@ -420,8 +412,7 @@ def two_dimensions(features, args):
 
 def spectra(info, data, args):
     """{panel: {label: spectrum(...)}} of the test images by an untrained encoder, the evaluated one
-    as it was saved, and those in --compare; projections where the run's checkpoint.pt is there, of
-    length 1 where the method makes them so (S003 5.5)."""
+    as it was saved, and --compare. Projections: of length 1 if the loss is of such (S003 5.5)."""
     panels = collections.defaultdict(dict)
     for path in dict.fromkeys(["random", args.checkpoint, *args.compare]):
         if path == "random":
@@ -542,8 +533,8 @@ def spectrum_picture(curves, title):
     caption = "Along how many directions do features vary? Each one's share of the variance, the "
     caption += "largest first; on the lower edge what is less, or zero. A fast fall: few "
     caption += "directions carry all. Vertical lines: the rank, which counts those in use."
-    size = 7 * len(curves), 5.5 + 0.3 * len(labels)
-    figure, panels = new_figure(*size, title, caption, columns=len(curves))
+    width, height = 7 * len(curves), 5.5 + 0.3 * len(labels)
+    figure, panels = new_figure(width, height, title, caption, columns=len(curves))
     for axes, (panel, lines) in zip(panels, curves.items(), strict=True):
         for label, (values, rank) in lines.items():
             number = labels.index(label)
@@ -563,10 +554,9 @@ def confusion_picture(counts, classes, title):
     wrong = counts - counts.diag().diag()
     mistakes = wrong.sum(0) + wrong.sum(1)  # in which a class takes part
     known = mistakes.argsort(descending=True, stable=True)[:20].sort().values
-    total, right = int(counts.sum()), int(counts.diag().sum())
     share = (counts / counts.sum(1, keepdim=True).clamp(min=1))[known][:, known]
     names, n = [short(classes, 24)[k] for k in known.tolist()], len(known)
-    title += f": {right / max(1, total):.1%} of {total} images correct"
+    title += f": {counts.diag().sum() / counts.sum():.1%} of {counts.sum()} images correct"
     caption = "Percent of the images of a true class (blank: under 0.5). Diagonal: correct."
     few = f" Of {len(counts)} classes the {n} most confused, so rows need not add up to 100."
     side = max(7, 3 + 0.45 * n)
@@ -810,8 +800,7 @@ def named_layers(numbered, first):
 
 
 def fitted(found, expected):
-    """The tensors that have the name and shape that is expected of a ResNet, and names of what is
-    wrong."""
+    """The tensors whose name and shape are those of a ResNet, and the names of what is wrong."""
     inside = [name for name in found if re.match(r"(conv1|bn1|layer\d)\.|.*\.filt$", name)]
     wrong = [name for name in inside if found[name].shape != expected.get(name)]
     wrong += [name for name in expected if name not in found]
@@ -855,28 +844,25 @@ def projector_of(chosen, tensors):
     """Our own projector, common.mlp's, or None where there is none like that."""
     start = chosen.prefix.removesuffix("backbone.") + "projector."
     parts = {k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)}
-    matrices = {name: value for name, value in parts.items() if value.ndim == 2}
-    if "0.weight" not in matrices:
+    matrices = [value for value in parts.values() if value.ndim == 2]
+    if not matrices:
         return None
-    widths = [matrices["0.weight"].shape[1], *map(len, matrices.values())]
-    last = next(reversed(matrices)).replace("weight", "bias")
-    biases = {"bias": "0.bias" in parts, "last_bias": last in parts}
-    layers = common.mlp(*widths, batch_norm="1.running_var" in parts, **biases)
-    with contextlib.suppress(RuntimeError):  # what is left, or of other shapes
-        layers.load_state_dict(parts)
-        return layers.eval()
+    widths = [matrices[0].shape[1], *map(len, matrices)]
+    for batch_norm, bias, last_bias in itertools.product((True, False), repeat=3):
+        layers = common.mlp(*widths, batch_norm=batch_norm, bias=bias, last_bias=last_bias)
+        with contextlib.suppress(RuntimeError):  # keys or shapes differ
+            layers.load_state_dict(parts)
+            return layers.eval()
     return None
 
 
 def with_projector(path, **overrides):
-    """load_encoder, and to an encoder.pt the projector in the checkpoint.pt beside it, if the
-    encoder there is the same."""
+    """load_encoder; to encoder.pt the projector of the checkpoint.pt beside it, of the same run."""
     encoder, info = load_encoder(path, **overrides)
     beside = Path(path).with_name(OURS[1])
     if Path(path).name == OURS[0] and beside.is_file():
         other, its = load_encoder(beside)
-        pairs = zip(other.state_dict().values(), encoder.state_dict().values(), strict=True)
-        if all(torch.equal(a, b) for a, b in pairs):
+        if all(map(torch.equal, other.state_dict().values(), encoder.state_dict().values())):
             info["projector"] = its["projector"]
     return encoder, info
 
@@ -884,7 +870,8 @@ def with_projector(path, **overrides):
 # --------------------------------------------------------------------------------------------------
 # Command line
 
-S004 = {"lr": 0.5, "standardize": False, "lr_floor": 1e-3, "weight_decay": 1e-4}
+S004 = {"lr": 0.5, "standardize": False}  # A.3
+S004 |= {"lr_floor": 1e-3, "weight_decay": 1e-4}  # from A.1 and the released code
 AUGMENTS = {"crops": {}, "crop_flip": {"pad": 4}}  # as in supcon_tcl.py
 AUGMENTS |= {"autoaugment": {"pad": 4, "policy": "cifar10"}}
 PRESETS = {
@@ -892,9 +879,11 @@ PRESETS = {
     | {"weight_decay": 0.0, "standardize": True, "crop_min": 0.08},
     "shapes": {"epochs": 20, "crop_min": 0.4},
     "finetune": {"epochs": 20, "lr": 0.2},  # S003 B.2.5
-    "s001": {"epochs": 50},
-    "s003": {"epochs": 100, "lr": 0.2, "standardize": False},
-    "s004": {"epochs": 100, **S004},
+    "s001": {"epochs": 50},  # 5.7.2-4: linear on another dataset, or finetune; it gives no rates
+    # 5.2.5. Images no larger than the views are enlarged by 8/7 and cropped, B.1.2: features_of.
+    "s003": {"epochs": 100, "lr": 0.2, "standardize": False},  # for ImageNet-1K it has others
+    "s004": {"epochs": 100, **S004},  # A.3, which says nothing of crops: as above
+    # A.1, into which s004 turns for what supcon_tcl.py trained with labels: the contrastive batch
     "s004_labels": {"epochs": 50, "batch_size": 128, "augment": "autoaugment", **S004},
     "cifar100 s004_labels": {"batch_size": 256},
     "imagenet100 s004_labels": {"batch_size": 256},
@@ -1016,8 +1005,7 @@ def export(args):
     encoder, info = load_encoder(args.checkpoint, **overrides_of(args))
     check(not Path(args.export).exists(), f"{args.export} is there already")
     say_assumed(info)
-    kept = *ABOUT, *STEM, "method", "dataset", "epoch", "config"
-    saved = {name: info[name] for name in kept}
+    saved = {name: info[name] for name in (*ABOUT, *STEM, "method", "dataset", "epoch", "config")}
     save(saved | {"state_dict": encoder.state_dict()}, Path(args.export))
     print(f"{args.export}: {info['found']}")
 
@@ -1032,8 +1020,7 @@ def the_images(data, args):
         check(len(held) and len(rest), f"--validation-fraction {fraction} leaves a part empty")
         train, test, kind = data.train.take(rest), data.train.take(held), "validation"
         data = dataclasses.replace(data, train=train, test=test)
-    none = f"{data.name} has no test split: hold images out with --validation-fraction 0.1"
-    check(data.test is not None, none)
+    check(data.test, f"{data.name} has no test split: hold images out by --validation-fraction 0.1")
     check(count > 1, f"{data.name} has a single class: nothing to tell apart")
     return data, kind
 
