@@ -309,20 +309,20 @@ def table(measured, others, data):
     rank = common.collapse_figures(measured.test.images)["rank"]
     result, rows = {"knn_k": measured.k, "rank": rank}, []
     for whose, one in {"": measured, **others}.items():
+        row, prefix = (f"{whose}: ", f"{whose.removesuffix('s')}_") if whose else ("", "")
         before, cached = one.args.protocol == "finetune", one.args.cached
         names = {"knn": f"kNN, k = {one.k}" + ", before" * before}
         names |= {"linear": "linear" + ", cached" * cached, "finetune": "finetuned"}
         for what, found in one.accuracies.items():
             columns = list(zip(*found, strict=True))
             (top1, half), (top5, _), (even, _) = map(mean_and_interval, columns)
-            key = f"{whose.removesuffix('s')}_" * (one is not measured) + "knn_" * (what == "knn")
+            key = prefix + "knn_" * (what == "knn")
             result |= {f"{key}top1": top1, f"{key}top5": top5, f"{key}balanced_top1": even}
             remark = ""
             if half is not None:
                 result |= {f"{key}top1_ci95": half, f"{key}top1_seeds": list(columns[0])}
                 remark = f"top-1 ± {half:.2%} (95 %; {len(found)} evaluations of one encoder)"
-            name = f"{whose}: " * (one is not measured) + names[what]
-            rows.append((name, top1, top5, even, remark))
+            rows.append((row + names[what], top1, top5, even, remark))
     chance, labels = 1 / len(data.classes), data.test.labels
     result["majority"] = float(labels.bincount().max()) / len(labels)
     rows.append(("majority: the largest class", result["majority"], None, None, ""))
@@ -339,7 +339,7 @@ def table(measured, others, data):
 # --------------------------------------------------------------------------------------------------
 # Pictures: what is in them, computed from features; then matplotlib's figures, which alone need it
 
-INK, PALE, BLUE, ORANGE = "#222222", "#d8d8d8", "#005ab5", "#dc5f00"
+PALE, BLUE, ORANGE = "#d8d8d8", "#005ab5", "#dc5f00"
 DASHES = "-", "--", ":", "-."
 BELOW = {"loc": "upper left", "bbox_to_anchor": (0, -0.13), "frameon": False, "handlelength": 4}
 CURVES = {"loss": "loss", "knn_top1": "kNN accuracy on test images"}
@@ -373,7 +373,7 @@ def draw_pictures(what, info, measured, args):
 
 
 def named(info):
-    return info["method"] + ("" if info["epoch"] is None else f", epoch {info['epoch']}")
+    return f"{info['method']}" + ("" if info["epoch"] is None else f", epoch {info['epoch']}")
 
 
 def images_at(split, args, data):
@@ -495,10 +495,9 @@ def neighbors_picture(images, labels, train_images, train_labels, classes, title
     numbers, names = torch.cat([labels[:, None], train_labels], 1), short(classes, 13)
     for row, column in itertools.product(range(rows), range(count + 1)):
         x, y = column + 0.3 * (column > 0), -1.2 * row
-        number = numbers[row, column]
+        number, how = numbers[row, column], {"fontsize": 8, "ha": "center", "va": "top"}
         color, style = (BLUE, "-") if number == labels[row] else (ORANGE, (0, (2, 1)))
         draw_image(axes, tiles[row, column], x, y, 0.8, color if column > 0 else None, style)
-        how = {"fontsize": 8, "color": INK, "ha": "center", "va": "top"}
         axes.text(x + 0.4, y - 0.08, names[number], **how)
     axes.set(xlim=(-0.2, max(count + 1.3, 6)), ylim=(0.8 - 1.2 * rows, 1))
     return figure
@@ -556,7 +555,8 @@ def confusion_picture(counts, classes, title):
     known = mistakes.argsort(descending=True, stable=True)[:20].sort().values
     share = (counts / counts.sum(1, keepdim=True).clamp(min=1))[known][:, known]
     names, n = [short(classes, 24)[k] for k in known.tolist()], len(known)
-    title += f": {counts.diag().sum() / counts.sum():.1%} of {counts.sum()} images correct"
+    total = int(counts.sum())
+    title += f": {int(counts.diag().sum()) / total:.1%} of {total} images correct"
     caption = "Percent of the images of a true class (blank: under 0.5). Diagonal: correct."
     few = f" Of {len(counts)} classes the {n} most confused, so rows need not add up to 100."
     side = max(7, 3 + 0.45 * n)
@@ -565,7 +565,7 @@ def confusion_picture(counts, classes, title):
     for i, j in itertools.product(range(n), range(n)):
         value = float(share[i, j])
         if value >= 0.005 or i == j:
-            ink = "white" if value > 0.5 else INK
+            ink = "white" if value > 0.5 else "black"
             axes.text(j, i, f"{100 * value:.0f}", color=ink, ha="center", va="center")
     axes.set(xlabel="predicted class", ylabel="true class")
     axes.set_xticks(range(n), names, rotation=90)
