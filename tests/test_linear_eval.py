@@ -458,15 +458,8 @@ def test_s003_sees_the_middle_of_small_images(argv, monkeypatch):
 def test_presets(flags, method, epochs, batch, lr, crop_min, pad, policy, argv, toy):
     argv[1] = "mine.pt"
     other = {name: value * 0.5 for name, value in encoder_dict()["state_dict"].items()}
-    torch.save(
-        encoder_dict(
-            method=method,
-            config={"self_supervised": method not in ("tcl", "supcon")},
-            std=[0.0] * 3,
-        )
-        | {"other": other},
-        "mine.pt",
-    )
+    about = {"method": method, "config": {"self_supervised": method not in ("tcl", "supcon")}}
+    torch.save(encoder_dict(**about, std=[0.0] * 3) | {"other": other}, "mine.pt")
     argv += "--key state_dict --std 1 1 1".split()  # without which the file is refused
     with mock.patch.object(sys, "argv", ["linear_eval.py", *argv, *flags.split()]):
         args = linear_eval.arguments()
