@@ -12,17 +12,10 @@ finetune Encoder and classifier are trained together, 20 epochs, the encoder wit
          --encoder-lr .005, in steps (S003 B.2.5, whose rates 20 and 30 of the classifier are for
          features that are not standardised; here .2).
 
---recipe s003  linear: lr .2 to .002, features not standardised (for ImageNet-1K S003 has others);
-               images no larger than the views are enlarged by 8/7 and cropped (B.1.2)
-         s004  linear: lr .5 (S004 A.3), not standardised; weight decay 1e-4 and the last rate, a
-               thousandth, from A.1 and the released code; crops as above, of which A.3 says nothing
-         s004_labels  S004 A.1: 50 epochs, AutoAugment, the contrastive batch. s004 turns into it
-               for what supcon_tcl.py trained with labels
-         s001  50 epochs, linear on another dataset or finetune (S001 5.7.2-4; it gives no rates)
-
-Of another --dataset than the encoder's, images are brought to the encoder's size and statistics
-(InfoCL takes the new dataset's). The accuracy is the last epoch's, on the test images. To choose
-anything, take --validation-fraction, which measures on held-out training images.
+--recipe takes a thesis's settings, which are below at PRESETS. Of another --dataset than the
+encoder's, images are brought to the encoder's size and statistics (InfoCL takes the new dataset's).
+The accuracy is the last epoch's, on the test images. To choose anything, take
+--validation-fraction, which measures on held-out training images.
 
 Run: python linear_eval.py --checkpoint runs/simclr_cifar10_resnet18/encoder.pt --dataset cifar10
 
@@ -42,7 +35,6 @@ import math
 import os
 import re
 import sys
-import textwrap
 import time
 import zipfile
 from pathlib import Path, PurePosixPath
@@ -59,9 +51,9 @@ from common import check
 # Protocols. Each gives scores [N, C] of the classes for the test images.
 
 
-def measure(encoder, original, data, train, test, images, args):
-    """{"knn" and the protocol: scores [N, C] of the test images}, k, and the linear classifier.
-    train, test: Splits with features [N, F] for images; images: those of test."""
+def measure(encoder, original, data, train, test, args):
+    """Scores [N, C] of the test images by "knn" and by the protocol, k, and the linear classifier,
+    beside what they were measured with. train, test: Splits with features [N, F] for data's."""
     torch.manual_seed(args.seed)
     finite = train.images.isfinite().all() and test.images.isfinite().all()
     check(finite, f"{args.checkpoint}: its features are not finite")
@@ -74,14 +66,15 @@ def measure(encoder, original, data, train, test, images, args):
     if not all(torch.equal(v, original[key]) for key, v in encoder.state_dict().items()):
         raise RuntimeError("the encoder changed while it was evaluated")
     if args.protocol == "finetune":
-        scores["finetune"] = finetune_protocol(encoder, data, train, images, args)
-    return scores, k, classifier
+        scores["finetune"] = finetune_protocol(encoder, data, train, args)
+    found = {"scores": scores, "k": k, "classifier": classifier}
+    return argparse.Namespace(**found, data=data, train=train, test=test, args=args)
 
 
 def linear_classifier(encoder, data, train, args):
     """weight [C, F] and bias of a layer on features of the frozen encoder, and the mean and std [F]
     of train, by which features are standardised, so that a rate fits encoders of any scale."""
-    (mean, std), steps = standardisation(train.images), steps_of(data, args)
+    mean, std = standardisation(train.images)
     if not args.standardize:
         mean, std = torch.zeros_like(mean), torch.ones_like(std)
     cached = common.Split((train.images - mean) / std, train.labels)
@@ -91,7 +84,7 @@ def linear_classifier(encoder, data, train, args):
         if args.cached:
             yield from common.training_batches(cached, epoch, args, [])
             return
-        for x, labels in augmented(data, epoch, steps, args):
+        for x, labels in augmented(data, epoch, args):
             with torch.no_grad(), common.autocast(args):
                 h = encoder(x)
             yield (h.float() - mean) / std, labels
@@ -100,26 +93,24 @@ def linear_classifier(encoder, data, train, args):
         h, y = common.gather(batch)  # from all processes: each trains the same head
         return F.cross_entropy(head(h), y)
 
-    share = functools.partial(common.learning_rate, total=1, warmup=0, base=1, final=args.lr_floor)
-    groups = [{"params": head.parameters(), "base": args.lr, "share": share}]
-    fit(loss, batches, groups, steps, args)
+    def share(progress, group):
+        return common.learning_rate(progress, total=1, warmup=0, base=1, final=args.lr_floor)
+
+    groups = [{"params": head.parameters(), "base": args.lr}]
+    fit(loss, batches, groups, share, data, args)
     return head.requires_grad_(False).state_dict() | {"mean": mean, "std": std}
 
 
-def finetune_protocol(encoder, data, train, test, args):
+def finetune_protocol(encoder, data, train, args):
     """Scores after encoder and classifier were trained together, in train mode, with rates that are
-    a fifth and a tenth after each quarter of the epochs (S003 B.2.5). test: the images."""
-    head, steps = new_head(encoder.num_features, len(data.classes), args), steps_of(data, args)
+    a fifth and a tenth after each quarter of the epochs (S003 B.2.5)."""
+    head = new_head(encoder.num_features, len(data.classes), args)
     norm = nn.BatchNorm1d(encoder.num_features, affine=False)  # brings any scale to one
     mean, std = standardisation(train.images)
     norm.load_state_dict({"running_mean": mean, "running_var": std.square()}, strict=False)
     model = nn.Sequential(encoder.requires_grad_(True), norm.to(args.device), head)
     model = common.synchronized(model, args).train()
     forward = common.distributed(model)
-    groups = [{"params": encoder.parameters(), "base": args.encoder_lr}]
-    groups += [{"params": head.parameters(), "base": args.lr}]
-    for group, falls in zip(groups, (0.2, 0.1), strict=True):
-        group["share"] = lambda progress, falls=falls: falls ** int(4 * progress)
 
     def loss(batch):
         x, y = batch
@@ -127,24 +118,30 @@ def finetune_protocol(encoder, data, train, test, args):
             scores = forward(x)
         return F.cross_entropy(scores.float(), y)
 
-    fit(loss, lambda epoch: augmented(data, epoch, steps, args), groups, steps, args)
+    def share(progress, group):
+        return group["falls_to"] ** int(4 * progress)
+
+    groups = [{"params": encoder.parameters(), "base": args.encoder_lr, "falls_to": 0.2}]
+    groups += [{"params": head.parameters(), "base": args.lr, "falls_to": 0.1}]
+    fit(loss, lambda epoch: augmented(data, epoch, args), groups, share, data, args)
     model.eval()
     with torch.no_grad():
-        return model[1:](common.encode(encoder, test, args, data))
+        return model[1:](common.encode(encoder, data.test, args, data))
 
 
-def fit(loss_of, batches, groups, steps, args):
-    """SGD. The rate of a group of parameters: its base, times its share(progress)."""
+def fit(loss_of, batches, groups, share, data, args):
+    """SGD. The rate of a group of parameters: its base, times share(progress, group)."""
     optimizer = torch.optim.SGD(groups, 0.1, args.momentum, 0, args.weight_decay, foreach=True)
     scaler = torch.amp.GradScaler(torch.device(args.device).type, enabled=args.precision == "fp16")
+    steps = len(data.train) // args.batch_size
     bar = common.Progress(args.epochs, steps, args.batch_size)
     for epoch in range(1, args.epochs + 1):
         bar.begin(epoch)
         total = 0.0
         for i, batch in enumerate(batches(epoch), 1):
+            progress = ((epoch - 1) * steps + i - 1) / (steps * args.epochs)
             for group in optimizer.param_groups:
-                progress = ((epoch - 1) * steps + i - 1) / (steps * args.epochs)
-                group["lr"] = group["base"] * group["share"](progress)
+                group["lr"] = group["base"] * share(progress, group)
             loss = loss_of(batch)
             scaler.scale(loss).backward()
             scaler.step(optimizer)
@@ -171,31 +168,33 @@ def standardisation(features):
     return mean, std.maximum(std.mean() / 100).clamp(min=1e-6)
 
 
-def augmented(data, epoch, steps, args):
+def augmented(data, epoch, args):
     """The batches of an epoch, cropped and mirrored at random: (views, labels)."""
     how = {"jitter_p": 0, "gray_p": 0} | AUGMENTS[args.augment]
     recipe = common.Recipe((args.crop_min, 1.0), **how)
     part = common.rank(), common.world_size()
     augment = common.Augment([recipe], args.image_size, data.mean, data.std, args.device, part)
-    batches = common.training_batches(data.train, epoch, args, [recipe])
-    for i, (images, labels) in enumerate(batches):
-        rng = common.generator(args.seed, "linear", epoch * steps + i, args.device)
+    done = epoch * (len(data.train) // args.batch_size)
+    for i, (images, labels) in enumerate(
+        common.training_batches(data.train, epoch, args, [recipe])
+    ):
+        rng = common.generator(args.seed, "linear", done + i, args.device)
         yield *augment(images, rng), labels
 
 
-def steps_of(data, args):
-    """Steps in an epoch, for which --batch-size is made to fit the images and the processes. Of a
-    few labels there are eight steps, or a rate meant for many would hardly move anything."""
-    processes, most = common.world_size(), len(data.train)
+def fitting_batch_size(count, args):
+    """--batch-size, or less, which fits `count` images and the processes. Of a few labels there are
+    eight steps in an epoch, or a rate meant for many would hardly move anything."""
+    processes = common.world_size()
     least = 2 * processes if args.protocol == "finetune" else processes  # for its batch norm
-    size = min(args.batch_size, max(most // 8, least) if args.label_fraction < 1 else most)
+    most = count if args.label_fraction == 1 else max(count // 8, least)
+    size = min(args.batch_size, most)
     size -= size % processes
-    few = f"{most} training images in batches of {size} are too few for --protocol {args.protocol}"
-    check(least <= size <= most, f"{few}, which takes {least} at a time at least")
+    few = f"{count} training images in batches of {size} are too few for --protocol {args.protocol}"
+    check(least <= size <= count, f"{few}, which takes {least} at a time at least")
     if size < args.batch_size:
-        print(f"{most} training images: batches of {size}")
-    args.batch_size = size
-    return most // size
+        print(f"{count} training images: batches of {size}")
+    return size
 
 
 def drawn(split, fraction, num_classes, seed, purpose):
@@ -215,28 +214,30 @@ def drawn(split, fraction, num_classes, seed, purpose):
 T95 = 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262  # Student's t, 1 to 9 degrees
 
 
-def every_seed(encoder, data, test, args):
-    """What the seeds measure on the images `test`: accuracies, {"knn" and the protocol: [(top-1,
-    top-5, balanced top-1) of each]}; k; the first one's scores, classifier and features."""
-    original, found = copy.deepcopy(encoder.state_dict()), None
-    queries, few = features_of(encoder, test, args, data), args.label_fraction < 1
+def every_seed(encoder, data, args):
+    """What measure returns for the first seed, and of all seeds the accuracies: {"knn" and the
+    protocol: [(top-1, top-5, balanced top-1) of each]}."""
+    test = features_of(encoder, data.test, args, data)
+    original = copy.deepcopy(encoder.state_dict())
+    first, accuracies = None, collections.defaultdict(list)
     for seed in range(args.seed, args.seed + args.seeds):
         encoder.load_state_dict(original)  # fine-tuning changes it
-        now = argparse.Namespace(**vars(args) | {"seed": seed})
         some = labelled(data.train, args.label_fraction, len(data.classes), seed)
+        if first is None or args.label_fraction < 1:
+            train = features_of(encoder, some, args, data)
         part = dataclasses.replace(data, train=some)
-        train = features_of(encoder, some, args, data) if few or not found else found.train
-        scores, k, classifier = measure(encoder, original, part, train, queries, test, now)
-        if found is None:
-            found = argparse.Namespace(scores=scores, train=train, test=queries, k=k)
-            found.classifier, found.accuracies = classifier, {name: [] for name in scores}
-        for name, value in scores.items():
-            top1, top5 = common.top_accuracies(value, queries.labels)
-            voters = k if name == "knn" else math.inf
-            top5 = top5 if voters >= min(5, len(data.classes)) else None  # k vote for k at most
-            if name != "knn" or few or not found.accuracies[name]:  # the same for every seed
-                found.accuracies[name].append((top1, top5, balanced(value, queries.labels)))
-    return found
+        seeded = argparse.Namespace(**vars(args) | {"seed": seed})
+        measured = measure(encoder, original, part, train, test, seeded)
+        for name, scores in measured.scores.items():
+            top1, top5 = common.top_accuracies(scores, test.labels)
+            if name == "knn" and measured.k < min(5, len(data.classes)):
+                top5 = None  # k neighbours vote for k classes at most
+            accuracies[name].append((top1, top5, balanced(scores, test.labels)))
+        first = first or measured
+    if args.label_fraction == 1:  # neighbours vote alike for every seed
+        del accuracies["knn"][1:]
+    first.accuracies = accuracies
+    return first
 
 
 def balanced(scores, labels):
@@ -253,6 +254,7 @@ def features_of(encoder, split, args, data):
         if part < args.image_size:  # else it is so anyway
             top, left, *_ = common.centre_box(*images.shape[2:], part)
             split = common.Split(images[..., top : top + part, left : left + part], labels)
+    encoder.to(args.device, memory_format=torch.channels_last)
     return common.Split(common.encode(encoder, split, args, data), labels)
 
 
@@ -260,9 +262,8 @@ def labelled(split, fraction, num_classes, seed):
     """The images whose labels may be used, `fraction` of each class: 500 of CIFAR-10 for .01."""
     if fraction < 1:
         split = split.take(drawn(split, fraction, num_classes, seed, "labels")[0])
-    missing = num_classes - len(split.labels.unique())
-    none = f"classes without a training image at --label-fraction {fraction:g}: {missing}"
-    check(not missing, none)
+    lack = num_classes - len(split.labels.unique())
+    check(not lack, f"classes without a training image at --label-fraction {fraction:g}: {lack}")
     return split
 
 
@@ -272,22 +273,24 @@ def random_encoder(args, data):
     stem = args.stem if args.stem != "auto" else "small" if size <= 64 else "imagenet"
     torch.manual_seed(args.seed)
     info = {"arch": arch, "stem": stem, "image_size": size, "method": "untrained", "epoch": 0}
-    info |= {"mean": args.mean or data.mean, "std": args.std or data.std, "dataset": None}
-    info |= {"stem_padding": args.stem_padding, "stem_max_pool": args.stem_max_pool}
+    info |= {"mean": args.mean or data.mean, "std": args.std or data.std, "assumed": []}
+    info |= {
+        "projector": None,
+        "stem_padding": args.stem_padding,
+        "stem_max_pool": args.stem_max_pool,
+    }
     return network(info), info
 
 
-def baselines(info, data, test, args):
-    """What pixels themselves, and an untrained encoder of the same kind, measure: of these a linear
-    classifier is --cached. What is evaluated is not its own baseline."""
-    found = {"pixels": (common.pixels(args), "knn")}
+def baselines(info, data, args):
+    """What pixels themselves, and an untrained encoder of the same kind, measure. What is evaluated
+    is not its own baseline."""
+    quick = argparse.Namespace(**vars(args) | {"cached": args.protocol == "linear", "seeds": 1})
+    votes = argparse.Namespace(**vars(quick) | {"protocol": "knn"})
+    found = {"pixels": every_seed(common.pixels(args), data, votes)}
     if info["method"] != "untrained":
-        found["untrained"] = random_encoder(args, data)[0], args.protocol
-    for name, (encoder, protocol) in found.items():
-        like = {"protocol": protocol, "cached": protocol == "linear", "seeds": 1}
-        like = argparse.Namespace(**vars(args) | like)
-        encoder = encoder.to(args.device, memory_format=torch.channels_last).requires_grad_(False)
-        found[name] = every_seed(encoder, data, test, like)
+        encoder, _ = random_encoder(args, data)
+        found["untrained"] = every_seed(encoder, data, quick)
     return found
 
 
@@ -301,28 +304,25 @@ def mean_and_interval(values):
     return float(values.mean()), half
 
 
-def table(measured, others, data, args):
+def table(measured, others, data):
     """Prints the table; returns the same for the JSON object. others: baselines, by name."""
-    rows, result = [], {"knn_k": measured.k}
-    result |= {"rank": common.collapse_figures(measured.test.images)["rank"]}
-    before = ", before" * (args.protocol == "finetune")
-    names = {"knn": f"kNN, k = {measured.k}{before}", "finetune": "finetuned"}
-    names["linear"] = "linear" + ", cached" * args.cached
-    for what, found in measured.accuracies.items():
-        pre, columns = "knn_" if what == "knn" else "", list(zip(*found, strict=True))
-        (top1, half), (top5, _), (even, _) = map(mean_and_interval, columns)
-        result |= {f"{pre}top1": top1, f"{pre}top5": top5, f"{pre}balanced_top1": even}
-        remark = ""
-        if half is not None:
-            result |= {f"{pre}top1_ci95": half, f"{pre}top1_seeds": list(columns[0])}
-            remark = f"top-1 ± {half:.2%} (95 %; {len(found)} evaluations of one encoder)"
-        rows.append((names[what], top1, top5, even, remark))
-    names["linear"] = "linear, cached"
-    for name, found in others.items():
-        for what, ((top1, *rest),) in found.accuracies.items():
-            key = f"{name.removesuffix('s')}_{'knn_' * (what == 'knn')}top1"
-            result[key] = top1
-            rows.append((f"{name}: {names[what]}", top1, *rest, ""))
+    rank = common.collapse_figures(measured.test.images)["rank"]
+    result, rows = {"knn_k": measured.k, "rank": rank}, []
+    for whose, one in {"": measured, **others}.items():
+        row, prefix = (f"{whose}: ", f"{whose.removesuffix('s')}_") if whose else ("", "")
+        before, cached = one.args.protocol == "finetune", one.args.cached
+        names = {"knn": f"kNN, k = {one.k}" + ", before" * before}
+        names |= {"linear": "linear" + ", cached" * cached, "finetune": "finetuned"}
+        for what, found in one.accuracies.items():
+            columns = list(zip(*found, strict=True))
+            (top1, half), (top5, _), (even, _) = map(mean_and_interval, columns)
+            key = prefix + "knn_" * (what == "knn")
+            result |= {f"{key}top1": top1, f"{key}top5": top5, f"{key}balanced_top1": even}
+            remark = ""
+            if half is not None:
+                result |= {f"{key}top1_ci95": half, f"{key}top1_seeds": list(columns[0])}
+                remark = f"top-1 ± {half:.2%} (95 %; {len(found)} evaluations of one encoder)"
+            rows.append((row + names[what], top1, top5, even, remark))
     chance, labels = 1 / len(data.classes), data.test.labels
     result["majority"] = float(labels.bincount().max()) / len(labels)
     rows.append(("majority: the largest class", result["majority"], None, None, ""))
@@ -332,56 +332,54 @@ def table(measured, others, data, args):
     for name, top1, top5, even, remark in rows:
         cells = [f"{'-' if x is None else f'{x:.2%}':>8}" for x in (top1, top5, even)]
         print(f"{name:{width}}{cells[0]}{cells[1]}  {cells[2]}  {remark}".rstrip())
-    print(f"rank: features use {result['rank']:.1f} of {measured.test.images.shape[1]} directions")
+    print(f"rank: features use {rank:.1f} of {measured.test.images.shape[1]} directions")
     return result
 
 
 # --------------------------------------------------------------------------------------------------
 # Pictures: what is in them, computed from features; then matplotlib's figures, which alone need it
 
-INK, PALE, BLUE, ORANGE = "#222222", "#d8d8d8", "#005ab5", "#dc5f00"
+PALE, BLUE, ORANGE = "#d8d8d8", "#005ab5", "#dc5f00"
 DASHES = "-", "--", ":", "-."
+BELOW = {"loc": "upper left", "bbox_to_anchor": (0, -0.13), "frameon": False, "handlelength": 4}
 CURVES = {"loss": "loss", "knn_top1": "kNN accuracy on test images"}
 CURVES |= {"z_std": "z_std: spread of projections", "z_rank": "z_rank: directions in use"}
-UNIT = ("simclr", "byol", "supcon", "tcl", "corinfomax")  # losses of normalised projections
+UNIT = ("simclr", "byol", "supcon", "tcl", "corinfomax")  # their losses normalise projections
 
 
-def draw_pictures(info, data, test, measured, args):
-    """The four pictures, by name. data.train: the images that measured.train has features of."""
-    of, classes = f"{named(info, args)}, {data.name}", [str(name) for name in data.classes]
+def draw_pictures(what, info, measured, args):
+    """The four pictures, by name. what: the encoder, for their headings."""
+    data, test, train = measured.data, measured.data.test, measured.data.train
+    of, classes = f"{what}, {data.name}", [str(name) for name in data.classes]
     frozen = of + ", before fine-tuning" * (args.protocol == "finetune")
     labels, queries = test.labels.cpu(), measured.test.images
     chosen, nearest = nearest_images(queries, labels, measured.train.images)
-    images = images_at(test, chosen, args, data)
-    theirs = images_at(data.train, nearest.flatten(), args, data).unflatten(0, nearest.shape)
-    known = labels[chosen], theirs, data.train.labels.cpu()[nearest]
+    images = images_at(test.take(chosen), args, data)
+    theirs = images_at(train.take(nearest.flatten()), args, data).unflatten(0, nearest.shape)
+    known = labels[chosen], theirs, train.labels.cpu()[nearest]
     yield "neighbors", neighbors_picture(images, *known, classes, f"{frozen}: nearest neighbours")
 
-    few, points = test.spread(400), measured.test.spread(400).images.cpu()
-    shown = images_at(few, torch.arange(len(few)), args, data), few.labels.cpu()
-    where = two_dimensions(points, args)
+    few, features = test.spread(400), measured.test.spread(400).images.cpu()
+    shown = images_at(few, args, data), few.labels.cpu()
+    where = two_dimensions(features, args)
     yield "map", map_picture(*shown, *where, classes, f"{frozen}: test images by features")
 
-    curves = spectra(info, data, test, args)
+    curves = spectra(info, data, args)
     yield "spectrum", spectrum_picture(curves, f"{data.name}: spectrum of the covariance")
 
     pairs = labels * len(classes) + measured.scores[args.protocol].argmax(1).cpu()
     counts = pairs.bincount(minlength=len(classes) ** 2).view(len(classes), -1)
-    how = {"knn": "kNN", "linear": "linear", "finetune": "finetuned"}[args.protocol]
-    yield "confusion", confusion_picture(counts, classes, f"{of}, {how}")
+    yield "confusion", confusion_picture(counts, classes, f"{of}, {args.protocol}")
 
 
-def named(info, args=None):
-    """The encoder, for headings; or with args what is evaluated of it."""
-    epoch = "" if info["epoch"] is None else f", epoch {info['epoch']}"
-    projector = args is not None and args.features == "projector"
-    return f"{info['method']}{epoch}{', projector' * projector}"
+def named(info):
+    return f"{info['method']}" + ("" if info["epoch"] is None else f", epoch {info['epoch']}")
 
 
-def images_at(split, index, args, data):
-    """Images of a split as the encoder sees them, but in [0, 1]: float [n, 3, S, S] for [n]."""
+def images_at(split, args, data):
+    """Images of a split as the encoder sees them, but in [0, 1]: float [n, 3, S, S]."""
     plain = dataclasses.replace(data, mean=(0, 0, 0), std=(1, 1, 1))
-    return common.encode(nn.Identity(), split.take(index), args, plain)
+    return common.encode(nn.Identity(), split, args, plain).clamp(0, 1).cpu()
 
 
 def nearest_images(test_features, test_labels, train_features, rows=10, count=8):
@@ -412,42 +410,30 @@ def two_dimensions(features, args):
     return (points - low) / (high - low).clamp(min=1e-12), names
 
 
-def spectra(info, data, test, args):
+def spectra(info, data, args):
     """{panel: {label: spectrum(...)}} of the test images by an untrained encoder, the evaluated one
-    as it was saved, and those in --compare; projections where the run's checkpoint.pt is there, of
-    length 1 where the method makes them so (S003 5.5)."""
-    panels = {"representations": {}, "projections": {}}
+    as it was saved, and --compare. Projections: of length 1 if the loss is of such (S003 5.5)."""
+    panels = collections.defaultdict(dict)
     for path in dict.fromkeys(["random", args.checkpoint, *args.compare]):
-        mine = path == args.checkpoint
         if path == "random":
             (encoder, its), label = random_encoder(args, data), f"untrained {args.arch}"
+        elif path == args.checkpoint:
+            encoder, its = with_projector(path, **overrides_of(args) | {"features": None})
+            label = named(its)
         else:
-            flags = overrides_of(args) | {"features": None}
-            encoder, its = load_encoder(path, **flags if mine else {})
-            its |= {name: info[name] for name in its["assumed"]}
-            label = named(its) if mine else f"{named(its)}, {path}"
-        projector = its.get("projector") or projector_beside(path, encoder)
-        encoder = encoder.to(args.device, memory_format=torch.channels_last)
+            encoder, its = with_projector(path)
+            label = f"{named(its)}, {path}"
+        its |= {name: info[name] for name in its["assumed"]}
         how = argparse.Namespace(**vars(args) | {"image_size": its["image_size"]})
         there = dataclasses.replace(data, mean=its["mean"], std=its["std"])
-        h = features_of(encoder, test, how, there).images
+        h = features_of(encoder, data.test, how, there).images
         panels["representations"][label] = spectrum(h)
-        if projector is not None:
+        if its["projector"]:
             with torch.no_grad():
-                z = projector.to(args.device)(h)
-            unit = its["method"].removesuffix("_self_supervised") in UNIT
-            panels["projections"][label] = spectrum(F.normalize(z) if unit else z)
-    return {panel: lines for panel, lines in panels.items() if lines}
-
-
-def projector_beside(path, encoder):
-    """The projector in the checkpoint.pt beside an encoder.pt, if the encoder there is the same."""
-    beside = Path(path).with_name("checkpoint.pt") if Path(path).name == "encoder.pt" else None
-    if beside is None or not beside.is_file():
-        return None
-    other, its = load_encoder(beside)
-    pairs = zip(other.state_dict().values(), encoder.state_dict().values(), strict=True)
-    return its["projector"] if all(itertools.starmap(torch.equal, pairs)) else None
+                z = its["projector"].to(args.device)(h)
+            z = F.normalize(z) if str(its["method"]).startswith(UNIT) else z
+            panels["projections"][label] = spectrum(z)
+    return panels
 
 
 def spectrum(features):
@@ -464,66 +450,63 @@ def new_figure(width, height, title, caption, rows=1, columns=1):
     from matplotlib.figure import Figure
 
     figure = Figure((width, height), dpi=100, layout="constrained", facecolor="white")
-    title = textwrap.fill(one_line(title), int(8 * width))
-    caption = textwrap.fill(one_line(caption), int(12 * width))
-    figure.suptitle(title, x=0.01, ha="left", fontsize=14)
-    figure.supxlabel(caption, x=0.01, ha="left", fontsize=10)
+    figure.suptitle(one_line(title), x=0.01, ha="left", fontsize=14, wrap=True)
+    figure.supxlabel(one_line(caption), x=0.01, ha="left", fontsize=10, wrap=True)
     return figure, figure.subplots(rows, columns, squeeze=False).flatten()
 
 
-def one_line(text, most=400):
-    """The text in one line, without its end where it is longer, and no formula to matplotlib."""
-    text = drawable(text)
+def one_line(text, most=400, instead=None):
+    """The text in one line, without its end where it is longer, and no formula to matplotlib. What
+    its font lacks is left out, or makes it `instead`."""
+    from matplotlib.font_manager import FontProperties, findfont, get_font
+
+    font, whole = get_font(findfont(FontProperties())), " ".join(text.split())
+    text = "".join(letter for letter in whole if font.get_char_index(ord(letter)))
+    if instead and (not text or text != whole):
+        return instead
     text = text if len(text) <= most else text[: most - 1].rstrip() + "…"
     return text.replace("$", r"\$")
 
 
-def drawable(text):
-    """The text in one line, of those letters alone that matplotlib's font has."""
-    from matplotlib.font_manager import FontProperties, findfont, get_font
-
-    font, text = get_font(findfont(FontProperties())), " ".join(text.split())
-    return "".join(letter for letter in text if font.get_char_index(ord(letter)))
-
-
 def short(classes, most):
     """Names for a picture; the number of a class whose name it cannot show."""
-    whole = [name.split() and drawable(name) == " ".join(name.split()) for name in classes]
-    return [one_line(n, most) if whole[k] else f"class {k}" for k, n in enumerate(classes)]
+    return [one_line(name, most, f"class {k}") for k, name in enumerate(classes)]
+
+
+def draw_image(axes, image, x, y, side, color=None, style="-"):
+    """An image, float [3, S, S] in [0, 1], its lower left corner at (x, y), perhaps framed."""
+    from matplotlib.patches import Rectangle
+
+    axes.imshow(image.permute(1, 2, 0).numpy(), extent=(x, x + side, y, y + side))
+    if color:
+        axes.add_patch(Rectangle((x, y), side, side, lw=3, fill=False, ec=color, ls=style))
 
 
 def neighbors_picture(images, labels, train_images, train_labels, classes, title):
     """Test images, float [R, 3, S, S] in [0, 1], each in a row with its K nearest training images,
     [R, K, 3, S, S], in frames that tell whether their class, of labels [R, K], is the same."""
-    from matplotlib.patches import Rectangle
-
     (rows, count), same = train_labels.shape, train_labels == labels[:, None]
-    names = short(classes, 13)
     caption = "Left: test images. Then their nearest training images by the cosine of features; "
     caption += f"{int(same.sum())} of these {same.numel()}, {same.double().mean():.0%}, are of the "
     caption += "test image's class (blue, solid frames), the others not (orange, dashed)."
     figure, (axes,) = new_figure(max(7, count + 1.5), max(4, 1.2 * rows + 1.6), title, caption)
     axes.axis("off")
-    tiles = torch.cat([images[:, None], train_images], 1).clamp(0, 1)
-    numbers = torch.cat([labels[:, None], train_labels], 1)
+    tiles = torch.cat([images[:, None], train_images], 1)
+    numbers, names = torch.cat([labels[:, None], train_labels], 1), short(classes, 13)
     for row, column in itertools.product(range(rows), range(count + 1)):
-        x, y = column + 0.3 * (column > 0), 1.2 * row
-        pixels = tiles[row, column].permute(1, 2, 0).cpu().numpy()
-        axes.imshow(pixels, extent=(x, x + 0.8, y + 0.8, y))
-        name = names[numbers[row, column]]
-        axes.text(x + 0.4, y + 0.88, name, fontsize=8, color=INK, ha="center", va="top")
-        if column:
-            color, style = (BLUE, "-") if same[row, column - 1] else (ORANGE, (0, (2, 1)))
-            how = {"lw": 3, "fill": False, "ec": color, "ls": style}
-            axes.add_patch(Rectangle((x - 0.04, y - 0.04), 0.88, 0.88, **how))
-    axes.set(xlim=(-0.2, max(count + 1.3, 6)), ylim=(1.2 * rows, -0.2))
+        x, y = column + 0.3 * (column > 0), -1.2 * row
+        number, how = numbers[row, column], {"fontsize": 8, "ha": "center", "va": "top"}
+        color, style = (BLUE, "-") if number == labels[row] else (ORANGE, (0, (2, 1)))
+        draw_image(axes, tiles[row, column], x, y, 0.8, color if column > 0 else None, style)
+        axes.text(x + 0.4, y - 0.08, names[number], **how)
+    axes.set(xlim=(-0.2, max(count + 1.3, 6)), ylim=(0.8 - 1.2 * rows, 1))
     return figure
 
 
 def map_picture(images, labels, points, coordinates, classes, title):
     """Of images, float [N, 3, S, S] in [0, 1], those that do not lie on each other, each at its
     point [N, 2] in a frame of its class's colour."""
-    from matplotlib.patches import Patch, Rectangle
+    from matplotlib.patches import Patch
 
     colored, side, shown = len(classes) <= 10, 0.05, []  # matplotlib's colours: C0 to C9
     caption = "Images that the network takes for alike lie close together; where one would lie on "
@@ -534,16 +517,12 @@ def map_picture(images, labels, points, coordinates, classes, title):
         x, y = points[i].tolist()
         if all(max(abs(x - a), abs(y - b)) > 1.15 * side for a, b in shown):
             shown.append((x, y))
-            pixels = images[i].clamp(0, 1).permute(1, 2, 0).cpu().numpy()
-            axes.imshow(pixels, extent=(x, x + side, y, y + side))
-            color = f"C{labels[i]}" if colored else PALE
-            axes.add_patch(Rectangle((x, y), side, side, lw=3, fill=False, ec=color))
+            draw_image(axes, images[i], x, y, side, f"C{labels[i]}" if colored else PALE)
     axes.set(xlim=(-0.02, 1.07), ylim=(-0.02, 1.07), xticks=[], yticks=[])
     axes.set(xlabel=coordinates[0], ylabel=coordinates[1])
     if colored:
         handles = [Patch(color=f"C{k}") for k in range(len(classes))]
-        where = {"loc": "lower left", "bbox_to_anchor": (0, 1), "frameon": False}
-        axes.legend(handles, short(classes, 24), ncols=5, **where)
+        axes.legend(handles, short(classes, 24), ncols=5, loc="lower left", bbox_to_anchor=(0, 1))
     return figure
 
 
@@ -553,20 +532,19 @@ def spectrum_picture(curves, title):
     caption = "Along how many directions do features vary? Each one's share of the variance, the "
     caption += "largest first; on the lower edge what is less, or zero. A fast fall: few "
     caption += "directions carry all. Vertical lines: the rank, which counts those in use."
-    size = 7 * len(curves), 5.5 + 0.3 * len(labels)
-    figure, panels = new_figure(*size, title, caption, columns=len(curves))
+    width, height = 7 * len(curves), 5.5 + 0.3 * len(labels)
+    figure, panels = new_figure(width, height, title, caption, columns=len(curves))
     for axes, (panel, lines) in zip(panels, curves.items(), strict=True):
         for label, (values, rank) in lines.items():
-            text = f": rank {rank:.1f} of {len(values)}"
             number = labels.index(label)
             how = {"color": f"C{number}", "linestyle": DASHES[number % 4]}
-            numbers, values = range(1, len(values) + 1), values.clamp(min=1e-10)
-            axes.plot(numbers, values, label=one_line(label, 50) + text, **how)
+            label = f"{one_line(label, 50)}: rank {rank:.1f} of {len(values)}"
+            axes.plot(range(1, len(values) + 1), values.clamp(min=1e-10), label=label, **how)
             axes.axvline(rank, lw=1, **how)
         axes.set(yscale="log", ylim=(1e-10, 1), title=panel)
         axes.set(xlabel="direction, by its variance", ylabel="share of the whole variance")
         axes.grid(color=PALE)
-        axes.legend(loc="upper left", bbox_to_anchor=(0, -0.13), frameon=False, handlelength=4)
+        axes.legend(**BELOW)
     return figure
 
 
@@ -575,10 +553,10 @@ def confusion_picture(counts, classes, title):
     wrong = counts - counts.diag().diag()
     mistakes = wrong.sum(0) + wrong.sum(1)  # in which a class takes part
     known = mistakes.argsort(descending=True, stable=True)[:20].sort().values
-    total, right = int(counts.sum()), int(counts.diag().sum())
     share = (counts / counts.sum(1, keepdim=True).clamp(min=1))[known][:, known]
     names, n = [short(classes, 24)[k] for k in known.tolist()], len(known)
-    title += f": {right / max(1, total):.1%} of {total} images correct"
+    total = int(counts.sum())
+    title += f": {int(counts.diag().sum()) / total:.1%} of {total} images correct"
     caption = "Percent of the images of a true class (blank: under 0.5). Diagonal: correct."
     few = f" Of {len(counts)} classes the {n} most confused, so rows need not add up to 100."
     side = max(7, 3 + 0.45 * n)
@@ -587,7 +565,7 @@ def confusion_picture(counts, classes, title):
     for i, j in itertools.product(range(n), range(n)):
         value = float(share[i, j])
         if value >= 0.005 or i == j:
-            ink = "white" if value > 0.5 else INK
+            ink = "white" if value > 0.5 else "black"
             axes.text(j, i, f"{100 * value:.0f}", color=ink, ha="center", va="center")
     axes.set(xlabel="predicted class", ylabel="true class")
     axes.set_xticks(range(n), names, rotation=90)
@@ -615,8 +593,7 @@ def curves_picture(runs):
         axes.set(title=title, xlabel="epoch")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(color=PALE)
-    where = {"loc": "upper left", "bbox_to_anchor": (0, -0.13), "frameon": False}
-    panels[2].legend(*panels[0].get_legend_handles_labels(), handlelength=4, ncols=2, **where)
+    panels[2].legend(*panels[0].get_legend_handles_labels(), ncols=2, **BELOW)
     return figure
 
 
@@ -633,12 +610,6 @@ def write_pictures(pictures, folder):
 OURS = ("encoder.pt", "checkpoint.pt")
 ABOUT = ("arch", "stem", "image_size", "mean", "std")  # what an encoder needs beside its weights
 STEM = ("stem_padding", "stem_max_pool", "stem_relu")  # what a file says only where it was told
-# The place of layer1 in an nn.Sequential tells what is before it: ReLU and max-pool have places of
-# their own, so at 3 there is no max-pool, and at 2 no ReLU either. None: layers with names.
-PLACES = {
-    n: {"0": "conv1", "1": "bn1"} | {str(n + i): f"layer{i + 1}" for i in range(4)}
-    for n in (4, 3, 2)
-}
 # Parts of names that others have, Hugging Face most of them, and torchvision's.
 NAMES = {"embedder.embedder.convolution.": "conv1.", "embedder.embedder.normalization.": "bn1."}
 for _i in range(4):
@@ -671,18 +642,20 @@ def load_encoder(path, **overrides):
     chosen = choose(tensors, path, overrides.get("key"))
     saved = saved if isinstance(saved, dict) else {}
     ours = all(name in saved for name in ABOUT)
-    said = {name: saved[name] for name in ABOUT + STEM if ours and name in saved}
+    about = saved if ours else {"method": path.name, "config": {}}
+    said = {name: about[name] for name in ABOUT + STEM if name in about}
     given = {name: overrides.get(name) for name in ABOUT + STEM}
     said |= {name: value for name, value in given.items() if value not in (None, "auto")}
     info = completed(said, chosen, path, ours)
-    for name, kind in ("method", str), ("dataset", str), ("epoch", int):
-        info[name] = saved[name] if isinstance(saved.get(name), kind) else None
-    if not ours:
-        info |= {"method": path.name, "dataset": None}
-    info["found"] = described(chosen, tensors)
+    info |= {name: about.get(name) for name in ("method", "dataset", "config")}
+    info["epoch"] = saved["epoch"] if isinstance(saved.get("epoch"), int) else None
+    taken = set(map(id, chosen.weights.values()))
+    rest = [name for name, value in tensors.items() if id(value) not in taken]
+    some = f", such as {rest[0]}" if rest else ""
+    info["found"] = f"{chosen.arch}, {chosen.stem} stem, under {chosen.prefix!r}: all of its "
+    info["found"] += f"{len(chosen.weights)} tensors; ignored: {len(rest)}{some}"
     encoder = network(info)
-    weights = {name: tensors[old] for name, old in chosen.names.items()}
-    encoder.load_state_dict(encoder.state_dict() | weights)
+    encoder.load_state_dict(encoder.state_dict() | chosen.weights)
     info["projector"] = layers = projector_of(chosen, tensors) if ours else None
     if overrides.get("features") == "projector":
         check(layers, f"{path}: no projector; --features projector takes a checkpoint.pt of ours")
@@ -770,7 +743,7 @@ def choose(tensors, path, key):
     found = list(candidates_in(tensors))
     check(found, f"{path}: no whole encoder: no convolution of three channels, named conv1 or 0")
     if key is not None:
-        known = ", ".join(repr(one.prefix) for one in found)
+        known = ", ".join(dict.fromkeys(repr(one.prefix) for one in found))
         exact = [one for one in found if one.prefix.strip(".") == key.strip(".")]
         found = exact or [one for one in found if key.strip(".") in one.prefix]
         check(found, f"{path}: --key {key} is in none of {known}")
@@ -783,55 +756,56 @@ def choose(tensors, path, key):
     whole = [one for one in whole if not words[one.prefix] & COPIES] or whole
     whole = [one for one in whole if "student" in words[one.prefix]] or whole
     first, *others = sorted(whole, key=lambda one: len(one.prefix))
-    others = [one for one in others if differ(one, first, tensors)]
+    others = [one for one in others if differ(one, first)]
     names = ", ".join(repr(one.prefix) for one in (first, *others))
     check(not others, f"{path}: several encoders, {names}: choose with --key")
     return first
 
 
-def differ(one, other, tensors):
-    pairs = [(old, one.names.get(name)) for name, old in other.names.items()]
-    return not all(b and torch.equal(tensors[a], tensors[b]) for a, b in pairs)
+def differ(one, other):
+    pairs = [(one.weights.get(name), value) for name, value in other.weights.items()]
+    return not all(a is not None and torch.equal(a, b) for a, b in pairs)
 
 
-# The ResNet that the tensors below a prefix fit best. first: layer1's number, if any. names: those
-# in the file by torchvision's. wrong: of what is missing, misshapen, or where no ResNet has any.
-Candidate = collections.namedtuple("Candidate", "prefix first arch stem names wrong")
+# A ResNet below a prefix. first: layer1's number, if any. weights: {torchvision's name: tensor}.
+# wrong: names of what is missing, misshapen, or where no ResNet has any.
+Candidate = collections.namedtuple("Candidate", "prefix first arch stem weights wrong")
 
 
 def candidates_in(tensors):
-    """A Candidate for each place that has a first convolution, of three channels."""
+    """A Candidate for each architecture at each place that has a first convolution, of three
+    channels. The place of layer1 in an nn.Sequential tells what is before it: ReLU and max-pool
+    have places of their own, so at 3 there is no max-pool, and at 2 no ReLU either."""
     known = {}
-    for old in tensors:
-        if not old.endswith(("total_ops", "total_params")):  # counted by thop
-            name = functools.reduce(lambda x, part: x.replace(*part), NAMES.items(), old)
-            known[name] = old
-    for first, old in known.items():
-        start = re.fullmatch(r"(|.*\.)(conv1|0)\.weight", first, re.DOTALL)
-        if not start or tensors[old].ndim != 4 or tensors[old].shape[1] != 3:
+    for name, value in tensors.items():
+        if not name.endswith(("total_ops", "total_params")):  # counted by thop
+            known[functools.reduce(lambda x, pair: x.replace(*pair), NAMES.items(), name)] = value
+    for name, value in known.items():
+        start = re.fullmatch(r"(|.*\.)(conv1|0)\.weight", name, re.DOTALL)
+        if not start or value.ndim != 4 or value.shape[1] != 3:
             continue
-        below = {k.removeprefix(start[1]): v for k, v in known.items() if k.startswith(start[1])}
-        for place in [None] if start[2] == "conv1" else PLACES:
-            names = {}
-            for name, old in below.items():
-                head, dot, rest = name.partition(".")
-                names[PLACES.get(place, {}).get(head, head) + dot + rest] = old
-            yield fitted(start[1], place, names, tensors)
+        prefix, stem = start[1], "small" if value.shape[2] == 3 else "imagenet"
+        below = {k.removeprefix(prefix): v for k, v in known.items() if k.startswith(prefix)}
+        for first in [None] if start[2] == "conv1" else (4, 3, 2):
+            found = below if first is None else named_layers(below, first)
+            for arch in common.ARCHITECTURES:
+                yield Candidate(prefix, first, arch, stem, *fitted(found, shapes_of(arch, stem)))
 
 
-def fitted(prefix, first, names, tensors):
-    """The Candidate of the architecture of which the least is wrong."""
-    shapes = {name: tensors[old].shape for name, old in names.items()}
-    stem, found = "small" if shapes["conv1.weight"][2] == 3 else "imagenet", []
-    inside = [name for name in names if re.match(r"(conv1|bn1|layer\d)\.|.*\.filt$", name)]
-    for arch in common.ARCHITECTURES:
-        expected = shapes_of(arch, stem)
-        wrong = [name for name in inside if shapes[name] != expected.get(name)]
-        wrong += [name for name in expected if name not in names]
-        right = {name: names[name] for name in expected if name in names and name not in wrong}
-        wrong = [name for name in wrong if "num_batches" not in name]  # a counter of no use
-        found.append(Candidate(prefix, first, arch, stem, right, wrong))
-    return min(found, key=lambda one: len(one.wrong))
+def named_layers(numbered, first):
+    """Tensors of an nn.Sequential with layer1 at number `first`, by torchvision's names."""
+    heads = {"0": "conv1", "1": "bn1"} | {str(first + i): f"layer{i + 1}" for i in range(4)}
+    parts = {name.partition("."): value for name, value in numbered.items()}
+    return {heads.get(head, head) + dot + rest: x for (head, dot, rest), x in parts.items()}
+
+
+def fitted(found, expected):
+    """The tensors whose name and shape are those of a ResNet, and the names of what is wrong."""
+    inside = [name for name in found if re.match(r"(conv1|bn1|layer\d)\.|.*\.filt$", name)]
+    wrong = [name for name in inside if found[name].shape != expected.get(name)]
+    wrong += [name for name in expected if name not in found]
+    right = {name: found[name] for name in expected if name in found and name not in wrong}
+    return right, [name for name in wrong if "num_batches" not in name]  # a counter of no use
 
 
 @functools.cache
@@ -866,37 +840,38 @@ def completed(said, chosen, path, ours):
     return info
 
 
-def described(chosen, tensors):
-    """What was taken of a file, and what was left."""
-    rest = tensors.keys() - chosen.names.values()
-    text = f"{chosen.arch}, {chosen.stem} stem, under {chosen.prefix!r}: all of its "
-    text += f"{len(chosen.names)} tensors; ignored: {len(rest)}"
-    return text + (f", such as {min(rest)}" if rest else "")
-
-
 def projector_of(chosen, tensors):
     """Our own projector, common.mlp's, or None where there is none like that."""
-    parent = chosen.prefix.removesuffix("backbone.")
-    for start in f"{parent}projector.", f"{parent}head.":
-        parts = {k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)}
-        matrices = {name: value for name, value in parts.items() if value.ndim == 2}
-        if "0.weight" not in matrices:
-            continue
-        widths = [matrices["0.weight"].shape[1], *map(len, matrices.values())]
-        last = next(reversed(matrices)).replace("weight", "bias")
-        biases = {"bias": "0.bias" in parts, "last_bias": last in parts}
-        layers = common.mlp(*widths, batch_norm="1.running_var" in parts, **biases)
-        with contextlib.suppress(RuntimeError):  # what is left, or of other shapes
+    start = chosen.prefix.removesuffix("backbone.") + "projector."
+    parts = {k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)}
+    matrices = [value for value in parts.values() if value.ndim == 2]
+    if not matrices:
+        return None
+    widths = [matrices[0].shape[1], *map(len, matrices)]
+    for batch_norm, bias, last_bias in itertools.product((True, False), repeat=3):
+        layers = common.mlp(*widths, batch_norm=batch_norm, bias=bias, last_bias=last_bias)
+        with contextlib.suppress(RuntimeError):  # keys or shapes differ
             layers.load_state_dict(parts)
             return layers.eval()
     return None
 
 
+def with_projector(path, **overrides):
+    """load_encoder; to encoder.pt the projector of the checkpoint.pt beside it, of the same run."""
+    encoder, info = load_encoder(path, **overrides)
+    beside = Path(path).with_name(OURS[1])
+    if Path(path).name == OURS[0] and beside.is_file():
+        other, its = load_encoder(beside)
+        if all(map(torch.equal, other.state_dict().values(), encoder.state_dict().values())):
+            info["projector"] = its["projector"]
+    return encoder, info
+
+
 # --------------------------------------------------------------------------------------------------
 # Command line
 
-LABELLED = ("supcon", "tcl", "cross_entropy")  # methods of supcon_tcl.py
-S004 = {"lr": 0.5, "standardize": False, "lr_floor": 1e-3, "weight_decay": 1e-4}
+S004 = {"lr": 0.5, "standardize": False}  # A.3
+S004 |= {"lr_floor": 1e-3, "weight_decay": 1e-4}  # from A.1 and the released code
 AUGMENTS = {"crops": {}, "crop_flip": {"pad": 4}}  # as in supcon_tcl.py
 AUGMENTS |= {"autoaugment": {"pad": 4, "policy": "cifar10"}}
 PRESETS = {
@@ -904,9 +879,11 @@ PRESETS = {
     | {"weight_decay": 0.0, "standardize": True, "crop_min": 0.08},
     "shapes": {"epochs": 20, "crop_min": 0.4},
     "finetune": {"epochs": 20, "lr": 0.2},  # S003 B.2.5
-    "s001": {"epochs": 50},
-    "s003": {"epochs": 100, "lr": 0.2, "standardize": False},
-    "s004": {"epochs": 100, **S004},
+    "s001": {"epochs": 50},  # 5.7.2-4: linear on another dataset, or finetune; it gives no rates
+    # 5.2.5. Images no larger than the views are enlarged by 8/7 and cropped, B.1.2: features_of.
+    "s003": {"epochs": 100, "lr": 0.2, "standardize": False},  # for ImageNet-1K it has others
+    "s004": {"epochs": 100, **S004},  # A.3, which says nothing of crops: as above
+    # A.1, into which s004 turns for what supcon_tcl.py trained with labels: the contrastive batch
     "s004_labels": {"epochs": 50, "batch_size": 128, "augment": "autoaugment", **S004},
     "cifar100 s004_labels": {"batch_size": 256},
     "imagenet100 s004_labels": {"batch_size": 256},
@@ -960,7 +937,7 @@ def arguments():
     args = common.parse_args(parser(), PRESETS, "protocol", "recipe")
     if args.recipe == "s004" and args.checkpoint not in (None, "random"):
         _, info = load_encoder(args.checkpoint, **overrides_of(args))
-        if info["method"] in LABELLED:
+        if (info["config"] or {}).get("self_supervised") is False:  # with labels
             words = [*sys.argv[1:], "--recipe", "s004_labels"]
             args = common.parse_args(parser(), PRESETS, "protocol", "recipe", argv=words)
     check(args.checkpoint or args.curves, "--checkpoint is required: a file, or random")
@@ -1010,12 +987,11 @@ def the_encoder(args):
     if data.size != args.image_size:
         print(f"{data.name}: {data.size} pixels, seen at the {args.image_size} of the encoder")
     data = dataclasses.replace(data.to(args.device), mean=info["mean"], std=info["std"])
-    encoder = encoder.to(args.device, memory_format=torch.channels_last).requires_grad_(False)
-    return encoder, info, data
+    return encoder.requires_grad_(False), info, data
 
 
 def say_assumed(info):
-    assumed = info.get("assumed", ())
+    assumed = info["assumed"]
     if assumed:
         print("assumed:", ", ".join(f"{name} {info[name]}" for name in assumed))
     if "stem_padding" in assumed:
@@ -1029,8 +1005,8 @@ def export(args):
     encoder, info = load_encoder(args.checkpoint, **overrides_of(args))
     check(not Path(args.export).exists(), f"{args.export} is there already")
     say_assumed(info)
-    saved = {name: info[name] for name in (*ABOUT, *STEM, "method", "dataset", "epoch")}
-    save(saved | {"config": {}, "state_dict": encoder.state_dict()}, Path(args.export))
+    saved = {name: info[name] for name in (*ABOUT, *STEM, "method", "dataset", "epoch", "config")}
+    save(saved | {"state_dict": encoder.state_dict()}, Path(args.export))
     print(f"{args.export}: {info['found']}")
 
 
@@ -1044,8 +1020,7 @@ def the_images(data, args):
         check(len(held) and len(rest), f"--validation-fraction {fraction} leaves a part empty")
         train, test, kind = data.train.take(rest), data.train.take(held), "validation"
         data = dataclasses.replace(data, train=train, test=test)
-    none = f"{data.name} has no test split: hold images out with --validation-fraction 0.1"
-    check(data.test is not None, none)
+    check(data.test, f"{data.name} has no test split: hold images out by --validation-fraction 0.1")
     check(count > 1, f"{data.name} has a single class: nothing to tell apart")
     return data, kind
 
@@ -1080,24 +1055,23 @@ def main():
         return common.on_first(lambda: export(args))
     encoder, info, data = the_encoder(args)
     data, kind = the_images(data, args)
-    test, whole = data.test, len(data.train)
     some = labelled(data.train, args.label_fraction, len(data.classes), args.seed)
-    part, file = dataclasses.replace(data, train=some), the_file(data, args)
+    file, whole = the_file(data, args), len(data.train)
     if len(some) < whole:
         print(f"labels of {len(some)} of {whole} training images, {args.label_fraction:g} of each")
-    if args.protocol != "knn":  # before the features, for what is wrong with the batches
-        steps_of(part, args)
+    if args.protocol != "knn":
+        args.batch_size = fitting_batch_size(len(some), args)
     start = time.time()
-    measured = every_seed(encoder, data, test, args)
+    measured = every_seed(encoder, data, args)
     seconds = round(time.time() - start, 1)
-    others = baselines(info, data, test, args) if args.untrained else {}
-    what = f"{named(info, args)}, {args.arch}, {args.stem} stem"
-    print(f"\n{what}: {data.name}, {len(test)} {kind} images of {args.image_size} pixels")
-    figures = table(measured, others, data, args)
+    others = baselines(info, data, args) if args.untrained else {}
+    what = named(info) + ", projector" * (args.features == "projector")
+    print(f"\n{what}, {args.arch}, {args.stem} stem: ", end="")
+    print(f"{data.name}, {len(data.test)} {kind} images of {args.image_size} pixels")
     result = {"protocol": args.protocol, "dataset": data.name, "split": kind}
     result |= {"features": args.features, "cached": args.cached, "seeds": args.seeds}
-    result |= {"label_fraction": args.label_fraction, "labelled_images": len(some), **figures}
-    result |= {"images": len(test), "seconds": seconds}
+    result |= {"label_fraction": args.label_fraction, "labelled_images": len(some)}
+    result |= table(measured, others, data) | {"images": len(data.test), "seconds": seconds}
     result |= {"method": info["method"], "epoch": info["epoch"], **common.describe(args)}
     result |= {key: info[key] for key in ("found", "assumed") if key in info}
     common.on_first(lambda: common.write_json(result, file))
@@ -1106,7 +1080,7 @@ def main():
         saved |= {"classes": [str(name) for name in data.classes]}
         common.on_first(lambda: save(saved, file.with_name(f"{file.stem}_classifier.pt")))
     if args.pictures:
-        pictures = list(draw_pictures(info, part, test, measured, args))
+        pictures = list(draw_pictures(what, info, measured, args))
         common.on_first(lambda: write_pictures(pictures, file.parent))
     print(json.dumps(result))
 

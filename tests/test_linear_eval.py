@@ -458,14 +458,15 @@ def test_s003_sees_the_middle_of_small_images(argv, monkeypatch):
 def test_presets(flags, method, epochs, batch, lr, crop_min, pad, policy, argv, toy):
     argv[1] = "mine.pt"
     other = {name: value * 0.5 for name, value in encoder_dict()["state_dict"].items()}
-    torch.save(encoder_dict(method=method, std=[0.0] * 3) | {"other": other}, "mine.pt")
+    about = {"method": method, "config": {"self_supervised": method not in ("tcl", "supcon")}}
+    torch.save(encoder_dict(**about, std=[0.0] * 3) | {"other": other}, "mine.pt")
     argv += "--key state_dict --std 1 1 1".split()  # without which the file is refused
     with mock.patch.object(sys, "argv", ["linear_eval.py", *argv, *flags.split()]):
         args = linear_eval.arguments()
     assert [args.epochs, args.batch_size, args.lr, args.crop_min] == [epochs, batch, lr, crop_min]
     args.image_size, args.batch_size, data = 16, 8, common.load_dataset("toy.pt")
     with mock.patch.object(common, "Augment", wraps=common.Augment) as augment:
-        views, labels = next(linear_eval.augmented(data, 1, 8, args))
+        views, labels = next(linear_eval.augmented(data, 1, args))
     (recipe,) = augment.call_args[0][0]
     assert [recipe.pad, recipe.policy, recipe.jitter_p] == [pad, policy, 0]
     assert views.shape == (8, 3, 16, 16) and recipe.scale == (crop_min, 1.0)
