@@ -894,7 +894,12 @@ PRESETS = {
 # fmt: off
 def parser():
     p, switch = common.Parser(__doc__.splitlines()[0], "evaluation"), argparse.BooleanOptionalAction
-    p.add_argument("--checkpoint", help="encoder.pt, checkpoint.pt, or: random")
+    g = p.groups["most used"]
+    g.add_argument("--checkpoint", help="encoder.pt, checkpoint.pt, or: random")
+    g.add_argument("--protocol", choices=("linear", "knn", "finetune"), default="linear",
+                   help="frozen features, neighbours, or all trained together")
+    g.add_argument("--cached", action="store_true", help="compute features once, no augmentation")
+    g.add_argument("--recipe", choices=("s001", "s003", "s004", "s004_labels"), help="of a thesis")
     p.add_argument("--key", help="a part of the encoder's prefix, where a file holds several")
     p.add_argument("--mean", type=float, nargs=3, help="of the channels; default: as for --std")
     p.add_argument("--std", type=common.positive, nargs=3, help="default: the file's, else assumed")
@@ -903,12 +908,8 @@ def parser():
     p.add_argument("--features", choices=("encoder", "projector"), default="encoder",
                    help="what is evaluated; the projector is in our own checkpoint.pt")
     p.add_argument("--export", metavar="FILE", help="write the encoder as an encoder.pt, no more")
-    p.add_argument("--protocol", choices=("linear", "knn", "finetune"), default="linear",
-                   help="frozen features, neighbours, or all trained together")
-    p.add_argument("--recipe", choices=("s001", "s003", "s004", "s004_labels"), help="of a thesis")
     common.shared_arguments(p)
     p.set_defaults(arch=None)  # the checkpoint knows
-    p.add_argument("--cached", action="store_true", help="compute features once, no augmentation")
     p.add_argument("--label-fraction", type=common.number(float, 1e-6, 1), default=1.0,
                    help="of the training images of each class, for every protocol")
     p.add_argument("--seeds", type=common.number(int, 1, 10), default=1, help="to repeat it with")
@@ -950,7 +951,10 @@ def arguments():
     args.checkpoint = str(file_of(args.checkpoint))
     check(args.key is None or args.checkpoint != "random", "--key is for files, not for random")
     linear, tuned = args.protocol == "linear", args.protocol == "finetune"
-    check(not args.cached or linear, "--cached is for --protocol linear")
+    on_features = "--cached", "--lr-floor", "--standardize", "--no-standardize"
+    common.only_for(linear, "--protocol linear", *on_features)
+    common.only_for(tuned, "--protocol finetune", "--encoder-lr")
+    common.only_for(args.pictures, "--pictures", "--compare", "--map")
     if args.cached and args.augment != "crops":
         print(f"--cached: features of images as they are, without --augment {args.augment}")
         args.augment = "crops"
@@ -958,8 +962,6 @@ def arguments():
     check(fits, f"--recipe {args.recipe} is for linear; finetune without one is S003's, or s001")
     plain = args.features == "encoder"
     check(plain or not tuned and not args.export, "--features projector is not for that")
-    check(args.pictures or not args.compare, "--compare is for --pictures")
-    check(args.pictures or args.map == "pca", "--map is for --pictures")
     args.compare = [str(file_of(path)) for path in args.compare]
     for path in args.compare:
         load_encoder(path)
