@@ -3,10 +3,8 @@ nothing is chosen on the test images, which files it takes for an encoder, what 
 
 import argparse
 import collections
-import contextlib
 import copy
 import functools
-import io
 import itertools
 import json
 import math
@@ -25,6 +23,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
 from matplotlib.text import Text
 from PIL import Image
+from test_data import fill
+from test_training import CPU, call, fail, succeed
 
 import common
 import linear_eval
@@ -32,7 +32,6 @@ from barlow_twins import BarlowTwins
 from simclr import SimCLR
 from supcon_tcl import SupConTCL
 
-CPU = "--device cpu --workers 0 --precision fp32".split()
 PROTOCOLS = {
     "linear": ["--protocol", "linear", "--epochs", "2"],
     "cached": ["--protocol", "linear", "--epochs", "2", "--cached"],
@@ -42,31 +41,10 @@ PROTOCOLS = {
 PICTURES = "neighbors", "map", "spectrum", "confusion"
 
 
-def call(*argv):
-    """(exit status, stdout, stderr) of linear_eval.py, run in this process."""
-    out, err = io.StringIO(), io.StringIO()
-    words = mock.patch.object(sys, "argv", ["linear_eval.py", *map(str, argv)])
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), words:
-        try:
-            status = common.run(linear_eval.main) or 0
-        except SystemExit as stop:
-            status = stop.code
-    return status, out.getvalue(), err.getvalue()
-
-
 def evaluate(*argv):
     """The table and the figures that are printed."""
-    status, out, err = call(*argv)
-    assert (status, err) == (0, ""), err
-    *table, last = out.splitlines()
+    *table, last = succeed("linear_eval", *argv).splitlines()
     return table, json.loads(last)
-
-
-def refused(*argv):
-    """The one line with which it refuses its input."""
-    status, _, err = call(*argv)
-    assert status == 2 and err.count("\n") == 1 and "Traceback" not in err, (status, err)
-    return err
 
 
 def by_brightness(labels, size=16):
@@ -83,11 +61,6 @@ def encoder_dict(**change):
     about = {"arch": "resnet18", "stem": "imagenet", "image_size": 16, "method": "m", "epoch": 7}
     about |= {"mean": [0.5] * 3, "std": [0.25] * 3, "dataset": "toy", "config": {}}
     return {"state_dict": encoder.state_dict()} | about | change
-
-
-def our_checkpoint(model):
-    about = {key: value for key, value in encoder_dict().items() if key != "state_dict"}
-    return {"model": model.state_dict()} | about
 
 
 def files_in(folder):
@@ -171,18 +144,15 @@ def test_output(protocol, run):
 
 
 def test_baselines_by_hand(run, toy_file):
-    """Neighbours among pixels as the encoder sees them, voting as the features' do; the rank of
-    features is that in a run's log."""
+    """Neighbours among pixels as the encoder sees them, with as many votes as among features; the
+    rank of features is that in a run's log."""
     data = common.load_dataset(toy_file)
     encoder, info = linear_eval.load_encoder(run.folder / "encoder.pt")
     sides = [common.evaluation_view(split.images, 16, info["mean"], info["std"])
              for split in (data.train, data.test)]  # fmt: skip
-    bank, x = (torch.nn.functional.normalize(side.flatten(1)) for side in sides)
-    votes, k = torch.zeros(32, 4), run.knn.figures["knn_k"]
-    for i, cosines in enumerate(x @ bank.T):
-        for j in cosines.argsort(descending=True)[:k]:
-            votes[i, data.train.labels[j]] += (cosines[j] / 0.1).exp()
-    right = (votes.argmax(1) == data.test.labels).double().mean()
+    bank, x = (side.flatten(1) for side in sides)
+    scores = common.knn_scores(bank, data.train.labels, x, 4, run.knn.figures["knn_k"])
+    right = (scores.argmax(1) == data.test.labels).double().mean()
     with torch.no_grad():
         rank = common.collapse_figures(encoder(sides[1]))["rank"]
     for protocol in PROTOCOLS:
@@ -252,7 +222,7 @@ def test_an_encoder_left_in_training_mode_is_noticed(argv, tmp_path, monkeypatch
     monkeypatch.setattr(linear_eval, "load_encoder", in_training_mode)
     before = files_in(tmp_path)
     with pytest.raises(RuntimeError, match="encoder changed"):
-        call(*argv, *PROTOCOLS["knn"])
+        call("linear_eval", *argv, *PROTOCOLS["knn"])
     assert files_in(tmp_path) == before
 
 
@@ -484,7 +454,9 @@ def test_features_of_the_projector(name, monkeypatch):
     model = PROJECTORS[name](common.resnet("resnet18", "imagenet"))
     after = model.projector if hasattr(model, "projector") else model.head
     after(model.backbone(torch.randn(8, 3, 16, 16)))  # batch-norm statistics that are not trivial
-    monkeypatch.setattr(linear_eval, "read", lambda path: our_checkpoint(model))
+    saved = encoder_dict(model=model.state_dict())
+    del saved["state_dict"]  # our checkpoint.pt has none
+    monkeypatch.setattr(linear_eval, "read", lambda path: saved)
     both, info = linear_eval.load_encoder("checkpoint.pt", features="projector")
     model.eval()
     images = torch.rand(4, 3, 16, 16)
@@ -666,8 +638,7 @@ def test_curves(tmp_path, monkeypatch):
     for name, log in logs.items():
         Path(name).mkdir()
         Path(name, "log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in log))
-    status, out, err = call("--curves", "new", "old/")
-    assert (status, err, out.splitlines()[-1]) == (0, "", "new/curves.png")
+    assert succeed("linear_eval --curves new old/").splitlines()[-1] == "new/curves.png"
     assert Image.open("new/curves.png").format == "PNG"
     figure = linear_eval.curves_picture(["new", "old/"])
     found = [[line.get_xydata().tolist() for line in axes.get_lines()] for axes in figure.axes]
@@ -675,8 +646,8 @@ def test_curves(tmp_path, monkeypatch):
     assert {"new", "old", "loss", "epoch"} <= set(texts(figure))
     for content, message in ("", " is empty"), ("{", ": not a readable log"):
         Path("old/log.jsonl").write_text(content)
-        assert f"old/log.jsonl{message}" in refused("--curves", "new", "old")
-    assert "nowhere/log.jsonl: no such file" in refused("--curves", "nowhere")
+        assert f"old/log.jsonl{message}" in fail("linear_eval --curves new old")
+    assert "nowhere/log.jsonl: no such file" in fail("linear_eval --curves nowhere")
 
 
 def test_pictures_show_what_was_measured(argv, monkeypatch):
@@ -882,10 +853,9 @@ def test_stems_that_weights_do_not_show(padding, pool, argv):
     assert ("stem_padding" in info["assumed"]) == (padding is None)
     flags = [f"--stem-padding={padding}", f"--{'no-' * (not pool)}stem-max-pool"] * (padding or 0)
     argv[1] = "theirs.pth"
-    status, out, err = call(*argv, *flags, "--export", "mine.pt")
-    assert (status, err) == (0, "") and ("stem_padding 1" in out) == (padding is None)
-    for hint in "models need --stem-padding 2\n", "models need --stem-max-pool\n":
-        assert (hint in out) == (padding is None)
+    out = succeed("linear_eval", *argv, *flags, "--export", "mine.pt")
+    hints = "stem_padding 1", "models need --stem-padding 2\n", "models need --stem-max-pool\n"
+    assert [hint in out for hint in hints] == [padding is None] * 3
     exported, known = linear_eval.load_encoder("mine.pt")
     assert known["assumed"] == [] and known["method"] == "theirs.pth"
     with torch.no_grad():
@@ -949,6 +919,7 @@ REFUSALS = {
     "--checkpoint nowhere.pt": "nowhere.pt: no such file",
     "--checkpoint folder": "folder/encoder.pt: no such file",
     "--dataset single.pt": "single has a single class",
+    "--dataset unlabeled": "unlabeled: evaluation needs a label for every image",
     "--dataset lacks.pt": "classes without a training image at --label-fraction 1: 1",
     "--curves --map tsne": "--curves: expected at least one argument",
     "--export toy.pt": "toy.pt is there already",
@@ -976,29 +947,23 @@ REFUSALS = {
 def test_refusals(flags, argv, toy, tmp_path):
     data = toy()
     Path("folder").mkdir()
+    fill(Path("unlabeled"), "1.png", "2.png")
     torch.save({key: value for key, value in data.items() if key != "test"}, "no_test.pt")
     one = {name: {**data[name], "labels": data[name]["labels"] * 0} for name in ("train", "test")}
     torch.save({**one, "classes": ["a"]}, "single.pt")
     torch.save(data | {"classes": list("abcde")}, "lacks.pt")
     torch.save(encoder_dict(), "alone.pt")
     before = files_in(tmp_path)
-    assert REFUSALS[flags] in refused(*argv, *flags.split())
+    assert REFUSALS[flags] in fail(f"linear_eval {flags}", *argv)
     assert files_in(tmp_path) == before
-
-
-def test_images_without_labels_are_refused(argv):
-    data = common.load_dataset("toy.pt")
-    data.train.labels.fill_(-1)
-    data.test = None
-    with pytest.raises(common.InputError, match="toy: evaluation needs a label for every image"):
-        linear_eval.the_images(data, argparse.Namespace(validation_fraction=0))
 
 
 @pytest.mark.parametrize("package", ["matplotlib", "scikit-learn"])
 def test_a_missing_package_is_said_early(package, argv, monkeypatch):
     lacks = lambda name: name != package.replace("scikit-", "sk")  # noqa: E731
     monkeypatch.setattr(linear_eval.importlib.util, "find_spec", lacks)
-    assert f"need {package}: pip install {package}" in refused(*argv, "--pictures", "--map", "tsne")
+    message = fail("linear_eval --pictures --map tsne", *argv)
+    assert f"need {package}: pip install {package}" in message
 
 
 class Net(torch.nn.Linear):
