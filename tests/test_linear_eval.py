@@ -69,36 +69,20 @@ def files_in(folder):
 
 @pytest.fixture(scope="session")
 def run(tiny_run, toy_file, tmp_path_factory):
-    """By protocol, what an evaluation of tiny_run's encoder printed, wrote and left of the encoder;
-    .folder holds the files. Only to be read."""
+    """By protocol, what an evaluation of tiny_run's encoder printed and wrote; .folder holds the
+    files. Only to be read."""
     folder, found = tmp_path_factory.mktemp("evaluated"), {}
     for name in "encoder.pt", "checkpoint.pt":
         shutil.copy(tiny_run.out / name, folder)
     flags = ["--checkpoint", folder / "encoder.pt", "--dataset", toy_file, *CPU]
     for protocol, words in PROTOCOLS.items():
-        before, loaded = files_in(folder), []
-        drawn = ["--pictures"] * (protocol == "cached")
-        with mock.patch.object(linear_eval, "load_encoder", remember(loaded)):
-            table, figures = evaluate(*flags, *words, *drawn)
+        before, drawn = files_in(folder), ["--pictures"] * (protocol == "cached")
+        table, figures = evaluate(*flags, *words, *drawn)
         new = files_in(folder) - before
-        found[protocol] = types.SimpleNamespace(
-            table=table, figures=figures, encoder=loaded[0], new=new
-        )
+        found[protocol] = types.SimpleNamespace(table=table, figures=figures, new=new)
     original = (tiny_run.out / "encoder.pt").read_bytes()
     assert (folder / "encoder.pt").read_bytes() == original
     return types.SimpleNamespace(folder=folder, **found)
-
-
-def remember(loaded):
-    """load_encoder, noting the encoders that it returns."""
-    original = linear_eval.load_encoder
-
-    def load(path, **overrides):
-        encoder, info = original(path, **overrides)
-        loaded.append(encoder)
-        return encoder, info
-
-    return load
 
 
 @pytest.fixture
@@ -200,18 +184,9 @@ def test_the_front_page_shows_how_to_use_it(stem, run, tmp_path, monkeypatch, ca
 
 
 @pytest.mark.parametrize("protocol", ["linear", "cached", "knn"])
-def test_the_encoder_is_not_changed(protocol, run):
-    encoder = getattr(run, protocol).encoder
-    expected = torch.load(run.folder / "encoder.pt", weights_only=True)["state_dict"]
-    assert encoder.state_dict().keys() == expected.keys()
-    for key, value in encoder.state_dict().items():  # parameters and batch-norm statistics
-        assert torch.equal(value, expected[key]), key
-    assert not encoder.training and not any(p.requires_grad for p in encoder.parameters())
-    tuned = run.finetune.encoder.state_dict()
-    assert not torch.equal(tuned["conv1.weight"], expected["conv1.weight"])
+def test_an_encoder_left_in_training_mode_is_noticed(protocol, argv, tmp_path, monkeypatch):
+    """So every evaluation that ends has left the encoder as it was, to the bit."""
 
-
-def test_an_encoder_left_in_training_mode_is_noticed(argv, tmp_path, monkeypatch):
     def in_training_mode(*args, **kwargs):
         encoder, info = original(*args, **kwargs)
         encoder.train()
@@ -222,7 +197,7 @@ def test_an_encoder_left_in_training_mode_is_noticed(argv, tmp_path, monkeypatch
     monkeypatch.setattr(linear_eval, "load_encoder", in_training_mode)
     before = files_in(tmp_path)
     with pytest.raises(RuntimeError, match="encoder changed"):
-        call("linear_eval", *argv, *PROTOCOLS["knn"])
+        call("linear_eval", *argv, *PROTOCOLS[protocol])
     assert files_in(tmp_path) == before
 
 
@@ -343,15 +318,16 @@ def rates(monkeypatch):
 
 def test_finetuning_has_two_rates_in_steps(argv, rates, monkeypatch):
     """They fall to a fifth and a tenth after each quarter of the epochs."""
-    loaded = []
-    monkeypatch.setattr(linear_eval, "load_encoder", remember(loaded))
+    loaded = linear_eval.load_encoder("encoder.pt")
+    monkeypatch.setattr(linear_eval, "load_encoder", lambda *_, **overrides: loaded)
+    before = loaded[0].conv1.weight.clone()
     flags = "--protocol finetune --epochs 4 --lr 0.1 --batch-size 64".split()
     evaluate(*argv, *flags, "--encoder-lr", "1e-9")
     expected = [[1e-9 * 0.2**i, 0.1 * 0.1**i] for i in range(4)]
     found = [[rate for rate, _ in groups] for groups in rates]
     assert found == [pytest.approx(pair) for pair in expected]
-    before, _ = linear_eval.load_encoder("encoder.pt")  # its own rate, not the classifier's
-    assert (loaded[0].conv1.weight - before.conv1.weight).abs().max() < 1e-6
+    moved = (loaded[0].conv1.weight - before).abs().max()
+    assert 0 < moved < 1e-6  # at its own rate, not the classifier's
 
 
 RECIPE_RATES = {"s003": (0.2, 0.002, 0), "s004": (0.5, 0.0005, 1e-4), None: (0.02, 0.0002, 0)}
@@ -501,17 +477,6 @@ def test_nearest_by_brute_force():
     labels = torch.arange(400).mul(7) % 100  # test images are spread over the classes
     chosen, _ = linear_eval.nearest_images(random(400, 6), labels, train)
     assert labels[chosen].tolist() == list(range(0, 100, 10))
-
-
-@pytest.mark.parametrize("n", [50, 6])
-def test_spectrum_is_that_of_the_covariance(n):
-    features = random(n, 9) * torch.arange(1, 10) + 3
-    found, _ = linear_eval.spectrum(features)
-    wanted = np.linalg.eigvalsh(np.cov(features.double().numpy().T))[::-1]
-    wanted = wanted.clip(0) / wanted.sum()
-    assert found.dtype == torch.float64 and found.shape == (9,) and found.min() >= 0
-    assert np.allclose(found, wanted, atol=1e-9)
-    assert int((found > 0).sum()) == min(9, n - 1)  # rounding counts as nothing
 
 
 def texts(figure):
@@ -682,10 +647,10 @@ def test_pictures_show_what_was_measured(argv, monkeypatch):
         for panel, features in ("representations", both.encoder(x)), ("projections", both(x)):
             if panel == "projections":  # SimCLR's loss is of normalised ones
                 features = torch.nn.functional.normalize(features)
-            expected = torch.linalg.eigvalsh(features.T.double().cov()).flip(0)[:8]
+            expected = torch.linalg.eigvalsh(features.T.double().cov()).flip(0)
             found, rank = curves[panel]["simclr, epoch 2"]
-            wanted = expected / expected[0]
-            torch.testing.assert_close(found[:8] / found[0], wanted, rtol=1e-3, atol=0)
+            torch.testing.assert_close(found, expected / expected.sum(), rtol=1e-3, atol=1e-7)
+            assert int((found > 0).sum()) == min(31, len(found))  # of 32 images; rounding is none
             wanted = common.collapse_figures(features)["rank"]
             assert rank == pytest.approx(wanted, rel=1e-3)
 
@@ -893,10 +858,6 @@ NO_ENCODER = {
     "sparse": (lambda: changed(bn1__bias=torch.zeros(64).to_sparse()), "1 tensors .* bn1.bias"),
     "gates": (lambda: changed(layer1__0__se__fc1=torch.zeros(4, 64)), "too many: layer1.0.se.fc1"),
     "a stem of several": (several_convolutions, "only torchvision's own ResNets"),
-    "blur-pool": (
-        lambda: changed(maxpool__1__filt=torch.zeros(64, 1, 3, 3)),
-        "1 tensors .* maxpool.1.filt",
-    ),
     "padding": (lambda: encoder_dict(stem_padding=-1), "unusable"),
     "another arch": (lambda: encoder_dict(arch="resnet19"), "resnet18 by .*, not 'resnet19'"),
     "stem of a wrong type": (lambda: encoder_dict(stem=3), "stem is imagenet by .*, not 3"),
@@ -934,7 +895,6 @@ REFUSALS = {
     "--validation-fraction 0.01": "--validation-fraction 0.01 leaves a part empty",
     "--image-size 4": "--image-size",
     "--cached --lr 1e38": "loss not finite in epoch",
-    "--protocol finetune --encoder-lr 1e38": "loss not finite in epoch",
     "--protocol finetune --batch-size 1": "in batches of 1 are too few",
     "--cached --protocol knn": "--cached is for --protocol linear",
     "--recipe s004 --protocol finetune": "--recipe s004 is for linear",

@@ -23,9 +23,11 @@ from test_training import (
     SmallEncoder,
     built,
     equal,
+    finish,
     folder,  # noqa: F401
     load,
     read_log,
+    start,
     store,
     succeed,
     toy,
@@ -65,16 +67,7 @@ def train_in_float64(case, where, out):
 
 
 def torchrun(*argv):
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    how = {"text": True, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen([*words, *map(str, argv)], env=environment, **how)
-
-
-def finish(process, seconds=300):
-    out, err = process.communicate(timeout=seconds)
-    return process.returncode, out, err
+    return start("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *argv)
 
 
 @pytest.fixture(scope="module")

@@ -10,12 +10,11 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from test_training import NARROW, ROOT, TINY, SmallEncoder, assert_same_run, store, toy
+from test_training import NARROW, TINY, SmallEncoder, assert_same_run, finish, start, store, toy
 
 import common
 
@@ -72,13 +71,10 @@ def test_killed_at_every_rename(script, tmp_path):
     is a process that has not computed anything: what has cannot be forked safely."""
     store(toy(), tmp_path / "toy.pt")
     argv = [script, "--dataset", "toy.pt", *TINY, *NARROW, "--save-every", "1", "--epochs", "2"]
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    where = {"cwd": tmp_path, "env": environment, "capture_output": True, "text": True}
-    driver = subprocess.run([sys.executable, __file__, *argv], **where)
+    status, out, err = finish(start(__file__, *argv, cwd=tmp_path))
     shutil.rmtree(tmp_path)
-    assert driver.returncode == 0, driver.stderr
-    killed, left = json.loads(driver.stdout.splitlines()[-1])
+    assert status == 0, err
+    killed, left = json.loads(out.splitlines()[-1])
     # config, views; after each epoch checkpoint, encoder, milestone, log; once the one before
     assert killed == 2 + 2 * 4 + 1
     names = {"config.json", "views.png", "checkpoint.pt", "encoder.pt", "log.jsonl"}
