@@ -97,8 +97,8 @@ def torchvision_transform(recipe, size, mean, std):
     crop = T.RandomResizedCrop(size, recipe.scale, interpolation=T.InterpolationMode.BICUBIC)
     jitter = T.RandomApply([T.ColorJitter(*recipe.jitter)], recipe.jitter_p)
     blur = T.RandomApply([T.GaussianBlur(2 * (size // 20) + 1, (0.1, 2.0))], recipe.blur_p)
-    some = [crop, T.RandomHorizontalFlip(), jitter, T.RandomGrayscale(recipe.gray_p), blur]
-    return T.Compose([*some, T.ToTensor(), T.Normalize(mean, std)])
+    on_images = [crop, T.RandomHorizontalFlip(), jitter, T.RandomGrayscale(recipe.gray_p), blur]
+    return T.Compose([*on_images, T.ToTensor(), T.Normalize(mean, std)])
 
 
 def pillow_views(images, transform):

@@ -45,8 +45,10 @@ def imported_modules(path):
 
 
 @pytest.mark.parametrize("path", METHOD_FILES, ids=lambda path: path.name)
-def test_losses_need_only_torch(path):
-    """And functions of the same file that do not need more. What they compute: test_losses.py."""
+def test_what_a_method_file_needs(path):
+    """It imports torch, the standard library and common alone. Its losses need only torch, and
+    functions of the same file that do not need more. What they compute: test_losses.py."""
+    assert set(imported_modules(path)) <= {"torch", "common", *sys.stdlib_module_names}
     defined, todo = definitions(path), losses(path)
     assert todo
     for name in todo:  # which grows
@@ -54,11 +56,6 @@ def test_losses_need_only_torch(path):
         todo += [other for other in names & defined.keys() if other not in todo]
         missing = {x for x in names - defined.keys() if not x.startswith("__")} - {"torch", "F"}
         assert not missing, f"{name} needs {sorted(missing)}"
-
-
-@pytest.mark.parametrize("path", METHOD_FILES, ids=lambda path: path.name)
-def test_method_file_imports_only_torch_the_standard_library_and_common(path):
-    assert set(imported_modules(path)) <= {"torch", "common", *sys.stdlib_module_names}
 
 
 def test_common_knows_no_method():

@@ -10,7 +10,8 @@ import itertools
 
 import pytest
 import torch
-from test_losses import MODELS, Backbone
+from test_losses import MODELS
+from test_training import SmallEncoder
 from test_views import FIRST, MEAN, SECOND, STD, noise_bytes, rng
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
@@ -65,7 +66,7 @@ STEPS += itertools.product(("simclr", "byol"), ("rc", "lbe", "ip", "mib"))
 
 @pytest.mark.parametrize("name, term", STEPS)
 def test_forward(name, term, pretending):
-    model = MODELS[name](common.resnet() if name == "simclr" else Backbone())
+    model = MODELS[name](common.resnet() if name == "simclr" else SmallEncoder())
     model = common.MutualInformation(model, term, 0.1, 8) if term else model
     model.to(GPU)
     views = list(torch.rand(3, B, 3, 8, 8, device=GPU))

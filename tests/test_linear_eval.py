@@ -5,6 +5,7 @@ import argparse
 import collections
 import copy
 import functools
+import io
 import itertools
 import json
 import math
@@ -23,6 +24,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
 from matplotlib.text import Text
 from PIL import Image
+from test_common import rng
 from test_data import fill
 from test_training import CPU, call, fail, succeed
 
@@ -63,10 +65,6 @@ def encoder_dict(**change):
     return {"state_dict": encoder.state_dict()} | about | change
 
 
-def files_in(folder):
-    return {path for path in folder.rglob("*") if path.is_file()}
-
-
 @pytest.fixture(scope="session")
 def run(tiny_run, toy_file, tmp_path_factory):
     """By protocol, what an evaluation of tiny_run's encoder printed and wrote; .folder holds the
@@ -76,9 +74,9 @@ def run(tiny_run, toy_file, tmp_path_factory):
         shutil.copy(tiny_run.out / name, folder)
     flags = ["--checkpoint", folder / "encoder.pt", "--dataset", toy_file, *CPU]
     for protocol, words in PROTOCOLS.items():
-        before, drawn = files_in(folder), ["--pictures"] * (protocol == "cached")
+        before, drawn = set(folder.rglob("*")), ["--pictures"] * (protocol == "cached")
         table, figures = evaluate(*flags, *words, *drawn)
-        new = files_in(folder) - before
+        new = set(folder.rglob("*")) - before
         found[protocol] = types.SimpleNamespace(table=table, figures=figures, new=new)
     original = (tiny_run.out / "encoder.pt").read_bytes()
     assert (folder / "encoder.pt").read_bytes() == original
@@ -195,10 +193,10 @@ def test_an_encoder_left_in_training_mode_is_noticed(protocol, argv, tmp_path, m
 
     original = linear_eval.load_encoder
     monkeypatch.setattr(linear_eval, "load_encoder", in_training_mode)
-    before = files_in(tmp_path)
+    before = set(tmp_path.rglob("*"))
     with pytest.raises(RuntimeError, match="encoder changed"):
         call("linear_eval", *argv, *PROTOCOLS[protocol])
-    assert files_in(tmp_path) == before
+    assert set(tmp_path.rglob("*")) == before
 
 
 def test_the_untrained_encoder_is_what_random_gives(argv, run):
@@ -273,7 +271,7 @@ def test_small_classes_count(argv, toy):
 def test_the_interval_over_seeds():
     """Student's t between minus and plus its half width has 95 % of the density."""
     for n in range(2, 11):
-        column = torch.randn(n, generator=torch.Generator().manual_seed(n), dtype=torch.float64)
+        column = torch.randn(n, generator=rng(n), dtype=torch.float64)
         mean, half = linear_eval.mean_and_interval(column.tolist())
         assert mean == pytest.approx(float(column.mean()))
         t, degrees = half * n**0.5 / float(column.std()), n - 1
@@ -420,7 +418,7 @@ def test_presets(flags, method, epochs, batch, lr, crop_min, pad, policy, argv, 
 PROJECTORS = {
     "with batch norm": lambda b: SimCLR(b, 12, 6),
     "without biases": lambda b: BarlowTwins(b, 12, 6),
-    "called head": lambda b: SupConTCL(b, 3, "supcon", 12, 6),
+    "without batch norm": lambda b: SupConTCL(b, 3, "supcon", 12, 6),
 }
 
 
@@ -428,8 +426,8 @@ PROJECTORS = {
 def test_features_of_the_projector(name, monkeypatch):
     torch.manual_seed(0)
     model = PROJECTORS[name](common.resnet("resnet18", "imagenet"))
-    after = model.projector if hasattr(model, "projector") else model.head
-    after(model.backbone(torch.randn(8, 3, 16, 16)))  # batch-norm statistics that are not trivial
+    # So that batch norm's statistics are not trivial:
+    model.projector(model.backbone(torch.randn(8, 3, 16, 16)))
     saved = encoder_dict(model=model.state_dict())
     del saved["state_dict"]  # our checkpoint.pt has none
     monkeypatch.setattr(linear_eval, "read", lambda path: saved)
@@ -437,7 +435,7 @@ def test_features_of_the_projector(name, monkeypatch):
     model.eval()
     images = torch.rand(4, 3, 16, 16)
     with torch.no_grad():
-        torch.testing.assert_close(both(images), after(model.backbone(images)))
+        torch.testing.assert_close(both(images), model.projector(model.backbone(images)))
     assert both.num_features == 6 and not both.training and "then the projector" in info["found"]
 
 
@@ -456,10 +454,6 @@ def test_transfer_keeps_the_encoders_size_and_statistics(argv, toy, monkeypatch)
     assert seen and all(given == (24, [0.1, 0.2, 0.3], [1, 2, 3]) for given in seen)
 
 
-def random(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
 def plain(n, size=8):
     """n images of one colour each, no two the same."""
     colors = torch.tensor([(3 + 7 * i % 251, 101 + i // 251, 61) for i in range(n)])
@@ -467,7 +461,8 @@ def plain(n, size=8):
 
 
 def test_nearest_by_brute_force():
-    test, train, labels = random(30, 6), random(50, 6, seed=1), torch.arange(30) % 3
+    test, train = torch.randn(30, 6, generator=rng()), torch.randn(50, 6, generator=rng(1))
+    labels = torch.arange(30) % 3
     scale = torch.arange(1, 51)[:, None] ** 2  # the cosine does not see it
     chosen, nearest = linear_eval.nearest_images(test, labels, train * scale, rows=7, count=4)
     assert chosen.shape == (7,) and nearest.shape == (7, 4)
@@ -475,7 +470,7 @@ def test_nearest_by_brute_force():
         cosines = torch.nn.functional.cosine_similarity(test[i : i + 1], train)
         assert found == sorted(range(50), key=lambda k, cosines=cosines: -float(cosines[k]))[:4]
     labels = torch.arange(400).mul(7) % 100  # test images are spread over the classes
-    chosen, _ = linear_eval.nearest_images(random(400, 6), labels, train)
+    chosen, _ = linear_eval.nearest_images(torch.randn(400, 6, generator=rng()), labels, train)
     assert labels[chosen].tolist() == list(range(0, 100, 10))
 
 
@@ -534,7 +529,7 @@ def test_neighbours_are_framed_and_named():
 def test_map():
     """Images at their first principal components, none upon another, framed by class."""
     pytest.importorskip("sklearn")
-    features = random(300, 6) * torch.tensor([9, 5, 1, 1, 1, 1]) + 4
+    features = torch.randn(300, 6, generator=rng()) * torch.tensor([9, 5, 1, 1, 1, 1]) + 4
     points, names = linear_eval.two_dimensions(features, argparse.Namespace(map="pca"))
     u, s, _ = np.linalg.svd((features - features.mean(0)).numpy(), full_matrices=False)
     for i in 0, 1:
@@ -847,7 +842,31 @@ class Shard(torch.Tensor):
     placements = ("Shard(0)",)
 
 
-NO_ENCODER = {
+class Net(torch.nn.Linear):
+    """An object in a file, of a library that is not there."""
+
+
+def written(save, value):
+    file = io.BytesIO()
+    save(value, file)
+    return file.getvalue()
+
+
+def script():
+    return written(torch.jit.save, torch.jit.script(torch.nn.Linear(300, 300)))
+
+
+NO_ENCODER = {  # what the file holds, its bytes or what is read from it; what is said of it
+    "a web page": (lambda: b"\n<!DOCTYPE html>", "a web page: download"),
+    "another": (lambda: b"\xef\xbb\xbf<html>", "a web page: download"),
+    "LFS": (lambda: b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "git lfs pull"),
+    "ONNX": (lambda: b"\x08\x07\x12\x07pytorch\x1a\x03", "an ONNX model: take"),
+    "text": (lambda: b"These are no weights.", "state_dict.*damaged"),
+    "TorchScript": (script, "is TorchScript: save the state_dict"),
+    "an object": (
+        lambda: written(torch.save, Net(2, 2)),
+        "state_dict.*it holds .*Net, which is no plain value; nothing was run",
+    ),
     "shards": (
         lambda: changed(conv1__weight=torch.zeros(64, 3, 7, 7).as_subclass(Shard)),
         r"holds shards, as \['state_dict.conv1.weight'\]: save the full state_dict",
@@ -867,13 +886,17 @@ NO_ENCODER = {
 
 
 @pytest.mark.parametrize("kind", NO_ENCODER)
-def test_what_is_no_encoder_is_refused(kind, monkeypatch):
+@pytest.mark.filterwarnings("ignore:.torch.jit")
+def test_what_is_no_encoder_is_refused(kind, tmp_path, monkeypatch):
     make, message = NO_ENCODER[kind]
-    saved = make()
-    monkeypatch.setattr(linear_eval, "read", lambda path: saved)
-    with pytest.raises(common.InputError, match=f"^some.pt:? .*{message}") as line:
-        linear_eval.load_encoder("some.pt")
-    assert "\n" not in str(line.value)
+    saved, path = make(), tmp_path / "some.pt"
+    if isinstance(saved, bytes):
+        path.write_bytes(saved)
+    else:
+        monkeypatch.setattr(linear_eval, "read", lambda path: saved)
+    with pytest.raises(common.InputError, match=f"some.pt:? .*{message}") as line:
+        linear_eval.load_encoder(path)
+    assert "\n" not in str(line.value) and "weights_only" not in str(line.value)
 
 
 REFUSALS = {
@@ -913,9 +936,9 @@ def test_refusals(flags, argv, toy, tmp_path):
     torch.save({**one, "classes": ["a"]}, "single.pt")
     torch.save(data | {"classes": list("abcde")}, "lacks.pt")
     torch.save(encoder_dict(), "alone.pt")
-    before = files_in(tmp_path)
+    before = set(tmp_path.rglob("*"))
     assert REFUSALS[flags] in fail(f"linear_eval {flags}", *argv)
-    assert files_in(tmp_path) == before
+    assert set(tmp_path.rglob("*")) == before
 
 
 @pytest.mark.parametrize("package", ["matplotlib", "scikit-learn"])
@@ -924,33 +947,3 @@ def test_a_missing_package_is_said_early(package, argv, monkeypatch):
     monkeypatch.setattr(linear_eval.importlib.util, "find_spec", lacks)
     message = fail("linear_eval --pictures --map tsne", *argv)
     assert f"need {package}: pip install {package}" in message
-
-
-class Net(torch.nn.Linear):
-    """An object in a file, of a library that is not there."""
-
-
-STRANGE = {  # what the file holds: what it is, and what to do
-    b"\n<!DOCTYPE html>": "a web page: download",
-    b"\xef\xbb\xbf<html>": "a web page: download",
-    b"version https://git-lfs.github.com/spec/v1\noid sha256:0": "git lfs pull",
-    b"\x08\x07\x12\x07pytorch\x1a\x03": "an ONNX model: take",
-    b"These are no weights.": "state_dict.*damaged",
-    "script": "is TorchScript: save the state_dict",
-    "module": "state_dict.*it holds .*Net, which is no plain value; nothing was run",
-}
-
-
-@pytest.mark.parametrize("content", STRANGE)
-@pytest.mark.filterwarnings("ignore:.torch.jit")
-def test_strange_files_are_called_by_name(content, tmp_path):
-    path = tmp_path / "odd.pt"
-    if content == "script":
-        torch.jit.save(torch.jit.script(torch.nn.Linear(300, 300)), path)
-    elif content == "module":
-        torch.save(Net(2, 2), path)
-    else:
-        path.write_bytes(content)
-    with pytest.raises(common.InputError, match=STRANGE[content]) as line:
-        linear_eval.load_encoder(path)
-    assert "\n" not in str(line.value) and "weights_only" not in str(line.value)

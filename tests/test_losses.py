@@ -11,6 +11,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from test_training import SmallEncoder
 from torch import nn
 
 import carl_carp
@@ -369,20 +370,6 @@ def test_ldmi_is_equation_3_6(eps):
 # What every model promises
 
 
-class Backbone(nn.Module):
-    """A small stand-in with a ResNet's names."""
-
-    num_features = 10
-
-    def __init__(self):
-        super().__init__()
-        self.layer2, self.layer3 = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 6, 3)
-        self.fc, self.norm = nn.Linear(6 * 4 * 4, 10), nn.BatchNorm1d(10)
-
-    def forward(self, x):
-        return self.norm(self.fc(self.layer3(self.layer2(x).relu()).flatten(1)))
-
-
 MODELS = {
     "simclr": lambda b: SimCLR(b, 12, 6),
     "byol": lambda b: BYOL(b, 12, 6),
@@ -402,7 +389,7 @@ LABELS = torch.tensor([0, 1, 2, 0, 1])
 
 def build(name, seed=0):
     torch.manual_seed(seed)
-    return MODELS[name](Backbone()).double().train()
+    return MODELS[name](SmallEncoder()).double().train()
 
 
 def make_views(count=2, dtype=torch.float64):
@@ -516,7 +503,7 @@ def test_where_a_loss_starts(name):
 def test_byol_moving_average(progress, decay, term):
     """tau = 1 - (1 - tau_0) (cos(pi t) + 1) / 2; target <- tau target + (1 - tau) online, of which
     it starts as a copy; of a method with a term, too."""
-    model = BYOL(Backbone(), 12, 6, 0.9)
+    model = BYOL(SmallEncoder(), 12, 6, 0.9)
     whole = common.MutualInformation(model, term, 1.0, 8) if term else model
     online = [*model.backbone.parameters(), *model.projector.parameters()]
     before = [p.clone() for p in online]
@@ -569,7 +556,7 @@ def test_corinfomax_terms():
 )
 def test_kl_weight_follows_equation_5_8(decay, ablate, weights):
     """b - (b - a) e / E up to E, then a; here E is a share of the run."""
-    model = CARLCARP(Backbone(), 8, None, 12, 6, 4.0, 1.5, decay, ablate)
+    model = CARLCARP(SmallEncoder(), 8, None, 12, 6, 4.0, 1.5, decay, ablate)
     seen = [model.kl_weight.item()]
     for progress in 0.1, 0.25, 0.5, 0.75, 1.0:
         model.after_step(progress)
@@ -585,7 +572,7 @@ def test_heads():
         assert "".join(type(layer).__name__[0] for layer in layers) == letters
         assert (layers[0].bias is None) == (name == "barlow_twins")
         assert (layers[-1].bias is None) == (name in ("corinfomax", "vicreg", "barlow_twins"))
-    with_norm = CorInfoMax(Backbone(), 12, 6, batch_norm=True).projector
+    with_norm = CorInfoMax(SmallEncoder(), 12, 6, batch_norm=True).projector
     assert [type(layer).__name__[0] for layer in with_norm] == [*"LBRLBRL"]
 
 
@@ -596,7 +583,7 @@ def test_heads():
 def with_term(name, kind, weight=1.0, size=8):
     """The method with a term, and a copy without, to compute with."""
     torch.manual_seed(0)
-    method = MODELS[name](Backbone())
+    method = MODELS[name](SmallEncoder())
     plain = copy.deepcopy(method)
     return common.MutualInformation(method, kind, weight, size).train(), plain
 
@@ -609,8 +596,8 @@ def test_terms_by_hand(name, kind, size, monkeypatch):
     monkeypatch.setattr(common, "NOISE", 0.0)
     model, plain = with_term(name, kind, weight=3.0, size=size)
     views = [3 * x for x in make_views(2, torch.float32)]  # so that the depths differ
-    low = plain.backbone.layer2(torch.cat(views))
-    high = plain.backbone.layer3(low.relu())
+    depths = [nn.Sequential(*list(plain.backbone)[:layers]) for layers in (4, 5)]
+    low, high = (torch.cat(list(through(x, views, name not in APART))) for x in depths)
     h = through(plain.backbone, views, name not in APART)
     loss, terms = model(views)
     if kind == "rc":  # mean over pixels, summed over views
@@ -627,7 +614,7 @@ def test_terms_by_hand(name, kind, size, monkeypatch):
     without, own_terms = plain(views)
     pairs = (loss, model), (without + 3 * expected, plain)
     torch.testing.assert_close(*(value for value, _ in pairs))
-    slopes = [torch.autograd.grad(value, network.backbone.fc.weight) for value, network in pairs]
+    slopes = [torch.autograd.grad(value, network.backbone.conv1.weight) for value, network in pairs]
     torch.testing.assert_close(*slopes)
     assert own_terms.keys() <= terms.keys()  # the method's own stand beside it
 

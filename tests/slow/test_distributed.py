@@ -92,7 +92,7 @@ def test_two_processes_compute_what_one_does(case, computed):
     one, two = (tree_flatten([x["model"], x["optimizer"]["state"]])[0] for x in (one, two))
     for ours, theirs in zip(one, two, strict=True):
         scale = float(ours.abs().max())
-        assert torch.allclose(ours, theirs, rtol=0, atol=1e-9 * scale + 1e-12)
+        assert torch.allclose(ours, theirs, rtol=0, atol=1e-12 * scale)
 
 
 def test_stopped_and_resumed(folder):  # noqa: F811
@@ -187,16 +187,11 @@ def test_a_process_that_dies_ends_the_others(folder):  # noqa: F811
     common.load_whole("run/checkpoint.pt")
 
 
-@pytest.mark.parametrize(
-    "typed, said",
-    [(["--batch-size", "15"], "15 is not a multiple of the 2 processes"),
-     (["--compile"], "--compile is for one process")],
-)  # fmt: skip
-def test_bad_input_is_said_once(typed, said, folder):  # noqa: F811
-    argv = ["--dataset", "toy.pt", *TINY, *typed]
+def test_bad_input_is_said_once(folder):  # noqa: F811
+    argv = ["--dataset", "toy.pt", *TINY, "--batch-size", "15"]
     status, _, err = finish(torchrun(ROOT / "simclr.py", *argv))
     lines = [line for line in err.splitlines() if line.startswith("simclr.py: error: ")]
-    assert status and len(lines) == 1 and said in lines[0]
+    assert status and len(lines) == 1 and "15 is not a multiple of the 2 processes" in lines[0]
     assert {path.name for path in folder.iterdir()} == {"toy.pt"}
 
 

@@ -3,8 +3,6 @@ folders. Each ends in one line and status 2, or is accepted, up to the point whe
 encoding would begin. No file that was there is lost or changed, and no code in a file is run."""
 
 import contextlib
-import functools
-import os
 import random
 import shutil
 from pathlib import Path
@@ -15,7 +13,8 @@ import torch
 from PIL import Image
 from test_common import tree
 from test_data import Payload, save_pets
-from test_training import CPU, METHODS, TINY, call, store, succeed, toy
+from test_readme import parser_of
+from test_training import CPU, METHODS, ROOT, TINY, call, store, succeed, toy
 
 import common
 
@@ -33,37 +32,26 @@ class Accepted(Exception):
     """Input that is all right: what follows is a run."""
 
 
-@functools.cache
-def flags_of(script):
-    """The flags of a script, from its help."""
-    status, out, _ = call(script, "--help")
-    assert status == 0
-    words = (word.strip("[],|") for word in out.split())
-    return sorted({word for word in words if word.startswith("--") and word != "--help"})
-
-
 @pytest.fixture(scope="module")
 def ground(tmp_path_factory):
     """A folder with a packed file, a run of one epoch, images, and somebody's notes."""
     folder = tmp_path_factory.mktemp("fuzz")
-    before = os.getcwd()
-    os.chdir(folder)
-    store(toy(32), "toy.pt")
-    Path("kept").mkdir()
-    Path("kept/notes.txt").write_text("of somebody")
-    save_pets("pets", [(16, 16), (20, 20)] * 2)
-    succeed("simclr", "--dataset", "toy.pt", *TINY, "--dim", "8", "--out", "run")
-    yield folder
-    os.chdir(before)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        store(toy(32), "toy.pt")
+        Path("kept").mkdir()
+        Path("kept/notes.txt").write_text("of somebody")
+        save_pets("pets", [(16, 16), (20, 20)] * 2)
+        succeed("simclr", "--dataset", "toy.pt", *TINY, "--dim", "8", "--out", "run")
+        yield folder
     shutil.rmtree(folder)
 
 
 def attempt(script, argv, kept):
     """Run up to where training or encoding begins. True where the input was accepted."""
     before = tree(kept)
-    with contextlib.ExitStack() as stack:
-        for name in "training_batches", "encode", "save_views":
-            stack.enter_context(mock.patch.object(common, name, mock.Mock(side_effect=Accepted)))
+    stop = mock.Mock(side_effect=Accepted)
+    with mock.patch.multiple(common, training_batches=stop, encode=stop, save_views=stop):
         try:
             status, out, err = call(script, *argv)
             accepted = status == 0 and bool({"--help", "--resume"} & {*argv})  # or a finished run
@@ -85,7 +73,8 @@ def command_line(rng, case):
     argv = ["--dataset", "toy.pt", *CPU, "--out", "new", *TINY[len(CPU) :]]
     argv = argv if "linear" not in script else ["--dataset", "toy.pt", *CPU]
     for _ in range(rng.randint(1, 2)):
-        flag = rng.choice(flags_of(script.split()[0]))
+        flags = parser_of(ROOT / f"{script.split()[0]}.py")._option_string_actions
+        flag = rng.choice([flag for flag in flags if flag.startswith("--")])
         argv += [flag, rng.choice(ANYTHING)] if rng.random() < 0.9 else [flag]
     return script, argv
 
@@ -167,4 +156,4 @@ KINDS = [(command_line, 80), (packed_file, 40), (checkpoint_or_encoder, 24), (im
 def test_bad_input(make, cases, ground):
     rng = random.Random(0)
     accepted = sum(attempt(*make(rng, case), ground) for case in range(cases))
-    assert 0 < accepted < 0.9 * cases
+    assert 0 < accepted < 0.75 * cases

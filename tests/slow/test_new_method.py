@@ -7,18 +7,7 @@ import shutil
 import signal
 
 import pytest
-from test_training import (
-    CPU,
-    ROOT,
-    TINY,
-    assert_same_run,
-    finish,
-    read_log,
-    start,
-    store,
-    toy,
-    wait_for,
-)
+from test_training import ROOT, TINY, assert_same_run, finish, read_log, start, store, toy, wait_for
 
 pytestmark = pytest.mark.slow
 SIMSIAM = '''# SPDX-License-Identifier: MIT
@@ -57,11 +46,9 @@ PRESETS = {"default": {"optimizer": "sgd", "lr": 0.03, "batch_size": 512, "weigh
 
 def main():
     parser = common.base_parser(__doc__)
-    parser.add_argument("--hidden-dim", type=common.count, default=512, help="of the projector")
-    parser.add_argument("--dim", type=common.count, default=512, help="of the projections")
     args = common.parse_args(parser, PRESETS)
     data = common.prepare(args, "simsiam")
-    model = SimSiam(common.resnet(args.arch, args.stem), args.hidden_dim, args.dim)
+    model = SimSiam(common.resnet(args.arch, args.stem))
     recipes = common.symmetric(args.views, args.color_strength, args.crop_min, args.blur)
     common.train("simsiam", model, data, recipes, args)
 
@@ -108,7 +95,7 @@ def test_it_trains_goes_on_and_is_evaluated(project):
     assert_same_run(project / "run", project / "whole")
 
     argv = ["linear_eval.py", "--checkpoint", "whole/encoder.pt", "--dataset", "toy.pt"]
-    printed = run(project, *argv, "--protocol", "knn", *CPU)
+    printed = run(project, *argv, *"--protocol knn --device cpu --precision fp32".split())
     figures = json.loads(printed.splitlines()[-1])
     assert figures["knn_top1"] == pytest.approx(entry["knn_top1"], abs=0.04)
 
