@@ -73,8 +73,8 @@ def command_line(rng, case):
     argv = ["--dataset", "toy.pt", *CPU, "--out", "new", *TINY[len(CPU) :]]
     argv = argv if "linear" not in script else ["--dataset", "toy.pt", *CPU]
     for _ in range(rng.randint(1, 2)):
-        flags = parser_of(ROOT / f"{script.split()[0]}.py")._option_string_actions
-        flag = rng.choice([flag for flag in flags if flag.startswith("--")])
+        flags = parser_of(ROOT / f"{script.split()[0]}.py")._option_string_actions.keys()
+        flag = rng.choice(sorted(flags - {"-h", "--help"}))
         argv += [flag, rng.choice(ANYTHING)] if rng.random() < 0.9 else [flag]
     return script, argv
 
