@@ -89,10 +89,13 @@ def test_two_processes_compute_what_one_does(case, computed):
     shutil.rmtree(computed / "one")
     del one["log"][0]["images_per_second"], two["log"][0]["images_per_second"]
     assert one["log"][0] == pytest.approx(two["log"][0], rel=1e-5, abs=1e-6)  # of float32
-    one, two = (tree_flatten([x["model"], x["optimizer"]["state"]])[0] for x in (one, two))
-    for ours, theirs in zip(one, two, strict=True):
-        scale = float(ours.abs().max())
-        assert torch.allclose(ours, theirs, rtol=0, atol=1e-12 * scale)
+    one, two = ([saved["model"], saved["optimizer"]["state"]] for saved in (one, two))
+    for part, other in zip(one, two, strict=True):
+        ours, theirs = tree_flatten(part)[0], tree_flatten(other)[0]
+        # Where the exact gradient is 0, as of a bias before batch norm, rounding is all there is.
+        largest = max(float(x.abs().max()) for x in ours)
+        for x, y in zip(ours, theirs, strict=True):
+            assert (x - y).abs().max() <= 1e-12 * largest
 
 
 def test_stopped_and_resumed(folder):  # noqa: F811
