@@ -20,7 +20,6 @@ import copy
 import functools
 import importlib
 import io
-import itertools
 import random
 import statistics
 import sys
@@ -64,7 +63,7 @@ class Step:
     `without` takes one thing away from it."""
 
     def __init__(self, model, args, *without):
-        self.args, self.item = copy.copy(args), "no waiting" in without
+        self.args, self.waits = copy.copy(args), "no waiting" in without
         self.args.precision = "fp32" if "half precision" in without else args.precision
         self.args.compile = args.compile and "compile" not in without
         plain = "channels_last" in without
@@ -89,7 +88,7 @@ class Step:
         self.optimizer.zero_grad(set_to_none=True)
         if hasattr(self.model, "after_step"):
             self.model.after_step(0.0)
-        if self.item:
+        if self.waits:
             loss.item()
 
 
@@ -98,9 +97,8 @@ def torchvision_transform(recipe, size, mean, std):
     crop = T.RandomResizedCrop(size, recipe.scale, interpolation=T.InterpolationMode.BICUBIC)
     jitter = T.RandomApply([T.ColorJitter(*recipe.jitter)], recipe.jitter_p)
     blur = T.RandomApply([T.GaussianBlur(2 * (size // 20) + 1, (0.1, 2.0))], recipe.blur_p)
-    some = [crop, T.RandomHorizontalFlip(), jitter, T.RandomGrayscale(recipe.gray_p)]
-    some += [blur] if recipe.blur_p else []
-    return T.Compose([*some, T.ToTensor(), T.Normalize(mean, std)])
+    on_images = [crop, T.RandomHorizontalFlip(), jitter, T.RandomGrayscale(recipe.gray_p), blur]
+    return T.Compose([*on_images, T.ToTensor(), T.Normalize(mean, std)])
 
 
 def pillow_views(images, transform):
@@ -109,87 +107,78 @@ def pillow_views(images, transform):
     return [torch.stack([transform(image) for image in images]) for _ in range(2)]
 
 
-class FedByLoader:
-    """A step whose views come from a DataLoader. Its workers live for its turn alone, so that no
-    other is slowed by them; what they prefetch before the clock starts is not counted."""
-
-    def __init__(self, step, images, transform, workers):
-        self.step, self.workers = step, workers
-        how = {"batch_size": step.args.batch_size, "shuffle": True, "drop_last": True}
-        how |= {"num_workers": workers, "pin_memory": step.args.device != "cpu"}
-        views = functools.partial(pillow_views, transform=transform)
-        self.loader = torch.utils.data.DataLoader(images.cpu(), collate_fn=views, **how)
-
-    def begin(self):
-        self.batches = forever(lambda: self.loader)
-        for _ in range(2 * self.workers):
-            next(self.batches)
-
-    def __call__(self):
-        self.step(next(self.batches))
-
-    def end(self):
-        del self.batches
+def pipeline(augment, data, recipes, args):
+    """The views of an epoch, as training makes them."""
+    batches = common.training_batches(data.pretrain, 1, args, recipes)
+    for step, (images, _) in enumerate(batches):
+        yield augment(images, common.generator(0, "augment", step, args.device))
 
 
-def forever(make):
-    while True:
-        yield from make()
-
-
-def timed(group, model, data, recipes, args, argv):
-    """{name: what is timed, called without arguments}; the first is what the others are compared
-    with."""
-    step, counter = Step(model, args), itertools.count()
+def arms_of(group, model, data, recipes, args, argv):
+    """{name: (what is timed, a function that gives views for it, its workers)}; the first is what
+    the others are compared with."""
     augment = common.Augment(recipes, args.image_size, data.mean, data.std, args.device)
     augment.apply = common.compiled(augment.apply, args)
-    source = forever(lambda: common.training_batches(data.pretrain, 1, args, recipes))
+    real = functools.partial(pipeline, augment, data, recipes, args)
+    still = [x.clone() for x in next(real())]
 
-    def views():
-        images, _ = next(source)
-        return augment(images, common.generator(0, "augment", next(counter), args.device))
+    def cached(step):
+        return step, lambda: [still], 0
 
-    still = [x.clone() for x in views()]
-    cached = {"cached": functools.partial(step, still)}
     if group == "methods":
-        built = {name: build(name, argv) for name in METHODS}
-        steps = {name: Step(model, args) for name, (model, _, _, args) in built.items()}
-        return {name: functools.partial(step, still) for name, step in steps.items()}
+        models = {name: build(name, argv) for name in METHODS}
+        return {name: cached(Step(model, args)) for name, (model, _, _, args) in models.items()}
+    step = Step(model, args)
+    arms = {"cached": cached(step)}
     if group == "ladder":
         taken = ["half precision", "channels_last", "one pass"]
         taken += ["fused"] if args.optimizer != "lars" else []  # ours is always the same
         taken += ["compile"] if args.compile else []
-        return cached | {f"- {x}": functools.partial(Step(model, args, x), still) for x in taken}
-    usual = "channels_last", "one pass", "fused", "compile", "no waiting"  # what it does without
-    usual, plain = Step(model, args, *usual), Step(model, args, *usual, "half precision")
-    loaders = {f"pil {n}": (step, n) for n in sorted({0, 1, args.workers})}
-    loaders |= {"usual": (usual, args.workers), "plain": (plain, args.workers)}
+        return arms | {f"- {name}": cached(Step(model, args, name)) for name in taken}
+    arms |= {"real": (step, real, 0), "views": (lambda views: None, real, 0)}
     transform = torchvision_transform(recipes[0], args.image_size, data.mean, data.std)
-    pil = functools.partial(FedByLoader, images=data.pretrain.images, transform=transform)
-    loaders = {name: pil(step, workers=n) for name, (step, n) in loaders.items()}
-    return cached | {"real": lambda: step(views()), "views": views} | loaders
+    how = {"batch_size": args.batch_size, "shuffle": True, "drop_last": True}
+    how |= {"collate_fn": functools.partial(pillow_views, transform=transform)}
+    how |= {"dataset": data.pretrain.images.cpu(), "pin_memory": args.device != "cpu"}
+
+    def fed_by_loader(step, workers):
+        return step, torch.utils.data.DataLoader(num_workers=workers, **how).__iter__, workers
+
+    usual = "channels_last", "one pass", "fused", "compile", "no waiting"  # what it does without
+    arms |= {f"pil {n}": fed_by_loader(step, n) for n in sorted({0, 1, args.workers})}
+    arms["usual"] = fed_by_loader(Step(model, args, *usual), args.workers)
+    arms["plain"] = fed_by_loader(Step(model, args, *usual, "half precision"), args.workers)
+    return arms
 
 
-def measure(functions, args):
+def forever(source):
+    while True:
+        yield from source()
+
+
+def measure(arms, args):
     """{name: {"ms_blocks": [milliseconds of a call in each block]}}. A block before the first, in
-    which graphs are compiled, is not counted."""
-    found = {name: {"ms_blocks": []} for name in functions}
+    which graphs are compiled, is not counted, nor what workers prefetch before the clock starts.
+    They live for their arm's turn alone, so that no other is slowed by them."""
+    found = {name: {"ms_blocks": []} for name in arms}
     wait = torch.cuda.synchronize if args.device.startswith("cuda") else lambda: None
     for block in range(args.blocks + 1):
-        for name in random.Random(block).sample(list(functions), len(functions)):
-            function = functions[name]
-            repeats = max(args.steps, 4 * getattr(function, "workers", 0)) if block else 3
+        for name in random.Random(block).sample(list(arms), len(arms)):
+            step, source, workers = arms[name]
+            batches = forever(source)
+            for _ in range(1 + 2 * workers):
+                next(batches)
+            repeats = max(args.steps, 4 * workers) if block else 3
             repeats *= 100 if name == "views" else 1  # it is short: the rate that it can keep up
-            getattr(function, "begin", lambda: None)()
             wait()
             start = time.perf_counter()
             for _ in range(repeats):
-                function()
+                step(next(batches))
             wait()
             if block:
                 seconds = time.perf_counter() - start
                 found[name]["ms_blocks"].append(1e3 * seconds / repeats)
-            getattr(function, "end", lambda: None)()
+            del batches
     return found
 
 
@@ -234,7 +223,7 @@ def main():
     run.blocks, run.steps = args.blocks, args.steps or (20 if run.device.startswith("cuda") else 2)
     result = common.describe(run)  # the commit now, not the one at the end
     for group in args.groups:
-        found = measure(timed(group, model, data, recipes, run, argv), run)
+        found = measure(arms_of(group, model, data, recipes, run, argv), run)
         table(found, run, len(data.pretrain))
         result[group] = found
         if group == "data":

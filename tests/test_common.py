@@ -176,15 +176,6 @@ def test_unknown_resnet_is_named():
             common.resnet(*words)
 
 
-def test_mlp():
-    kinds = [type(layer) for layer in common.mlp(8, 16, 16, 4)]
-    assert kinds == [nn.Linear, nn.BatchNorm1d, nn.ReLU] * 2 + [nn.Linear]
-    plain = common.mlp(8, 16, 4, batch_norm=False, bias=False, last_bias=True)
-    assert [type(layer) for layer in plain] == [nn.Linear, nn.ReLU, nn.Linear]
-    assert plain[0].bias is None and plain[2].bias is not None
-    assert plain(torch.zeros(2, 8)).shape == (2, 4)
-
-
 # --------------------------------------------------------------------------------------------------
 # What a representation is worth
 

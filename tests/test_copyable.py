@@ -56,8 +56,10 @@ def imported_modules(path):
 
 
 @pytest.mark.parametrize("path", METHOD_FILES, ids=lambda path: path.name)
-def test_losses_need_only_torch(path):
-    """And functions of the same file that do not need more. What they compute: test_losses.py."""
+def test_what_a_method_file_needs(path):
+    """It imports torch, the standard library and common alone. Its losses need only torch, and
+    functions of the same file that do not need more. What they compute: test_losses.py."""
+    assert set(imported_modules(path)) <= {"torch", "common", *sys.stdlib_module_names}
     defined, todo = definitions(path), losses(path)
     assert todo
     for name in todo:  # which grows
@@ -86,11 +88,6 @@ def test_a_model_can_be_cut_out(name):
         torch.manual_seed(0)  # of CARP's partition
         found.append(either(views, test_losses.LABELS))
     torch.testing.assert_close(*found, rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("path", METHOD_FILES, ids=lambda path: path.name)
-def test_method_file_imports_only_torch_the_standard_library_and_common(path):
-    assert set(imported_modules(path)) <= {"torch", "common", *sys.stdlib_module_names}
 
 
 def test_common_knows_no_method():

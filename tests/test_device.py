@@ -10,7 +10,8 @@ import itertools
 
 import pytest
 import torch
-from test_losses import MODELS, Backbone
+from test_losses import MODELS
+from test_training import SmallEncoder
 from test_views import FIRST, MEAN, SECOND, STD, noise_bytes, rng
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
@@ -48,12 +49,8 @@ HERE = torch.zeros(3)
 MISTAKES = {
     "a tensor here": lambda x: x + HERE,
     "an index here": lambda x: x[torch.tensor([0, 1])] + 1,
-    "a matrix here": lambda x: torch.zeros(2, 3) @ x,
     "read": lambda x: float(x.sum()),
-    "branched on": lambda x: x if x.sum() > 0 else -x,
-    "of a length that values decide": lambda x: x[x > 0],
     "brought back": lambda x: x.cpu(),
-    "a list of it": lambda x: x.tolist(),
 }
 
 
@@ -69,7 +66,7 @@ STEPS += itertools.product(("simclr", "byol"), ("rc", "lbe", "ip", "mib"))
 
 @pytest.mark.parametrize("name, term", STEPS)
 def test_forward(name, term, pretending):
-    model = MODELS[name](common.resnet() if name == "simclr" else Backbone())
+    model = MODELS[name](common.resnet() if name == "simclr" else SmallEncoder())
     model = common.MutualInformation(model, term, 0.1, 8) if term else model
     model.to(GPU)
     views = list(torch.rand(3, B, 3, 8, 8, device=GPU))

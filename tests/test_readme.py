@@ -191,18 +191,21 @@ def test_the_front_page_quotes_the_journal():
     assert set(re.findall(number, FRONT)) <= set(re.findall(number, JOURNAL))
 
 
+@functools.cache
+def parts():
+    """{name: source} of the functions, classes and constants of all scripts."""
+    nodes = [node for path in ROOT.glob("*.py") for node in ast.parse(path.read_text()).body]
+    nodes = [x for x in nodes if isinstance(x, ast.FunctionDef | ast.ClassDef | ast.Assign)]
+    names = [getattr(x, "name", None) or ast.unparse(x.targets[0]) for x in nodes]
+    return {k: ast.unparse(x).replace("common.", "") for k, x in zip(names, nodes, strict=True)}
+
+
 def test_what_may_be_copied_is_whole():
     """What a row names needs nothing else; `a_call()` is for the reader to write otherwise."""
-    parts = {}
-    for source in [path.read_text() for path in ROOT.glob("*.py")]:
-        for node in ast.parse(source).body:
-            if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Assign):
-                name = getattr(node, "name", None) or ast.unparse(node.targets[0])
-                parts[name] = ast.get_source_segment(source, node).replace("common.", "")
     for what, with_it, imports in table_with("imports"):
         known = set(re.findall(r"`(\w+)(?:\(\))?`", what + with_it + imports))
         for name in re.findall(r"`(\w+)`", what + with_it):
-            needed = global_names(compile(parts[name], name, "exec")) - known - {name}
+            needed = global_names(compile(parts()[name], name, "exec")) - known - {name}
             assert [x for x in needed if not x.startswith("__")] == [], f"{what}: {name}"
 
 
@@ -210,13 +213,10 @@ def test_what_is_copied_computes_the_same():
     """Augment, LARS and knn_scores, cut out as the front page says, beside common.py's."""
     space = {"torch": torch, "F": F, "Tensor": torch.Tensor, "math": math}
     space |= {"itertools": itertools, "dataclasses": dataclasses}
-    source = (ROOT / "common.py").read_text()
     named = {what: what + with_it for what, with_it, _ in table_with("imports")}
-    wanted = re.findall(r"`(\w+)`", named["`Augment`"] + named["`LARS`"] + named["`knn_scores`"])
-    for node in ast.parse(source).body:
-        name = getattr(node, "name", None) or ast.unparse(getattr(node, "targets", [node])[0])
-        if name in wanted:
-            exec(ast.unparse(node), space)
+    wanted = named["`Augment`"] + named["`LARS`"] + named["`knn_scores`"]
+    for name in re.findall(r"`(\w+)`", wanted):
+        exec(parts()[name], space)
     images = torch.randint(256, (4, 3, 20, 20), dtype=torch.uint8)
     features, labels, found = torch.randn(9, 5), torch.arange(9) % 3, []
     for place in space, vars(common):

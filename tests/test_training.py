@@ -101,6 +101,19 @@ def fail(script, *argv):
     return err
 
 
+def start(*words, cwd=None, path=(ROOT, ROOT / "tests")):
+    """A Python process of its own, which finds the modules in `path`."""
+    environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, path))}
+    how = {"cwd": cwd, "env": os.environ | environment, "text": True}
+    how |= {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen([sys.executable, *map(str, words)], **how)
+
+
+def finish(process):
+    out, err = process.communicate(timeout=300)
+    return process.returncode, out, err
+
+
 def toy(n=68, size=16):
     """A short fifth batch of 16 is left out."""
     return noise(n, size)
@@ -192,13 +205,13 @@ def whole(tmp_path_factory):
 
     @functools.cache
     def make(script):
-        before, where = os.getcwd(), base / script
+        where = base / script
         where.mkdir()
-        os.chdir(where)
-        store(toy(), "toy.pt")
-        with mock.patch.object(common, "resnet", SmallEncoder):
+        store(toy(), where / "toy.pt")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(where)
+            patch.setattr(common, "resnet", SmallEncoder)
             succeed(script, *THREE_EPOCHS, "--out", "run")
-        os.chdir(before)
         return where / "run"
 
     yield make
@@ -276,17 +289,11 @@ def test_what_is_printed(finished):
     assert 0 < first <= 12 and max(map(len, lines[:first])) <= 120
     python, script, *argv = shlex.split(lines[-1])
     assert (python, script) == ("python", "linear_eval.py")
-    flags = dict(zip(argv[::2], argv[1::2], strict=False))
-    assert flags["--checkpoint"] == str(finished.out / "encoder.pt")
-    assert flags["--dataset"] == str(finished.argv[1])
-
-
-@pytest.mark.parametrize("finished", ["simclr"], indirect=True)
-def test_the_printed_evaluation_runs(finished):
-    _, script, *argv = shlex.split(finished.stdout.splitlines()[-1])
-    printed = succeed(script.removesuffix(".py"), *argv, *CPU, "--epochs", "1")
-    figures = json.loads(printed.splitlines()[-1])
-    assert 0 <= figures["top1"] <= 1 and 0 <= figures["knn_top1"] <= 1
+    found = ["--checkpoint", str(finished.out / "encoder.pt"), "--dataset", str(finished.argv[1])]
+    assert argv[:4] == found
+    if finished.name == "simclr":  # and it runs
+        printed = succeed("linear_eval", *argv, *CPU, "--epochs", "1")
+        assert 0 <= json.loads(printed.splitlines()[-1])["top1"] <= 1
 
 
 def test_a_corrupt_image_ends_a_run_from_the_shell(folder):
@@ -294,34 +301,22 @@ def test_a_corrupt_image_ends_a_run_from_the_shell(folder):
     save_pets("pets", [(16, 16), (20, 20)] * 2, ["train"])
     os.truncate("pets/train/dog/3.png", 100)
     argv = ["--dataset", "pets", *TINY, *NARROW, "--image-size", "32", "--batch-size", "4"]
-    command = [sys.executable, ROOT / "simclr.py", *argv, "--workers", "1"]
-    run = subprocess.run(command, capture_output=True, text=True)
-    assert run.returncode == 2 and run.stderr.count("\n") == 1, run.stderr
-    assert run.stderr.startswith("simclr.py: error: pets") and "3.png" in run.stderr
+    status, _, err = finish(start(ROOT / "simclr.py", *argv, "--workers", "1", path=[]))
+    assert status == 2 and err.count("\n") == 1, err
+    assert err.startswith("simclr.py: error: pets") and "3.png" in err
     assert not list(Path("runs/simclr_pets_resnet18").glob("*.pt"))
-
-
-def test_progress_of_an_epoch(small):
-    """Where a minute passes between two steps, a line for each."""
-    with slow_clock():
-        printed = succeed("simclr", *THREE_EPOCHS, "--out", "slow").splitlines()
-    lines = [line for line in printed if line.startswith("epoch 2/3  step ")]
-    assert [line.split()[3] for line in lines] == ["1/4", "2/4", "3/4", "4/4"]
-    assert all("img/s" in line and "min left" in line for line in lines)
-    loss = float(lines[-1].split("loss ")[1].split(",")[0])  # the mean over the epoch so far
-    assert read_log("slow")[1]["loss"] == pytest.approx(loss, abs=1e-4)
 
 
 # --------------------------------------------------------------------------------------------------
 # What a method gets, and what is done with what it gives
 
 
-class Minimal(nn.Module):
-    """No more than the contract in common.train's docstring asks for; it notes what it gets."""
+class Noting(nn.Module):
+    """The contract in common.train's docstring; it notes what it gets."""
 
     def __init__(self, backbone):
         super().__init__()
-        self.backbone, self.seen = backbone, []
+        self.backbone, self.seen, self.progress = backbone, [], []
 
     def forward(self, views, y):
         spread = sum(self.backbone(x).square().mean() for x in views)
@@ -329,10 +324,8 @@ class Minimal(nn.Module):
         self.seen.append((views, y, self.backbone.conv1.weight.detach().clone()))
         return spread, {"float": step, "tensor": torch.tensor(2.0 * step)}
 
-
-class WithAfterStep(Minimal):
     def after_step(self, progress):
-        self.progress = [*getattr(self, "progress", []), progress]
+        self.progress.append(progress)
         self.moved = not torch.equal(self.backbone.conv1.weight, self.seen[-1][2])
 
 
@@ -361,7 +354,7 @@ def test_the_contract_of_a_method(small):
     """Views and labels come in; terms, floats and tensors alike, are logged as their means."""
     made = []
     store(with_unlabeled(32), "toy.pt")
-    succeed(script_of(WithAfterStep, made), *SHORT, "--views", "3")
+    succeed(script_of(Noting, made), *SHORT, "--views", "3")
     (model,) = made
     assert len(model.seen) == 8 and model.moved
     for views, labels, _ in model.seen:
@@ -377,7 +370,7 @@ def test_the_contract_of_a_method(small):
 
 
 def test_views_together_or_apart_by_flag(small):
-    message = fail(script_of(Minimal), *SHORT, "--concat-views")
+    message = fail(script_of(Noting), *SHORT, "--concat-views")
     assert "--concat-views: this method" in message and not Path("run").exists()
     runs = []
     for flag in [], ["--no-concat-views"], ["--concat-views"]:
@@ -389,22 +382,19 @@ def test_views_together_or_apart_by_flag(small):
 @every_method
 def test_loss_decreases_on_one_batch(method, small):
     """The model as its script builds it, and the views that its script asks for."""
-    name, model, data, recipes, args = built(method, *THREE_EPOCHS)
+    _, model, data, recipes, args = built(method, *THREE_EPOCHS)
     augment = common.Augment(recipes, args.image_size, data.mean, data.std)
     views = augment(data.train.images[:32], common.generator(0, "views", 0))
     optimizer, losses = torch.optim.Adam(model.parameters(), 3e-3), []
-    kernel = model.backbone.conv1.weight.detach().clone()
     for step in range(1, 61):
-        loss, terms = model(views, data.train.labels[:32])
+        loss, _ = model(views, data.train.labels[:32])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         getattr(model, "after_step", lambda progress: None)(step / 60)
         losses.append(loss.item())
-    assert name == METHODS[method] and all(torch.as_tensor(x).ndim == 0 for x in terms.values())
     first = losses[10 if method == "corinfomax" else 0]  # its running covariance starts at I
     assert max(losses[-5:]) < first - 0.1 * abs(first), losses
-    assert not torch.equal(model.backbone.conv1.weight, kernel)  # not the heads alone
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
@@ -422,10 +412,9 @@ def test_nothing_is_random_but_for_the_seed(method, precision, small):
     assert not torch.equal(weights[0]["backbone.conv1.weight"], weights[2]["backbone.conv1.weight"])
 
 
-@pytest.mark.parametrize("side", [32, 40], ids=["equal", "mixed"])
-def test_image_folder(side, small):
-    """Mixed sizes are decoded by workers, whose number changes nothing; nor does being stopped."""
-    save_pets("pets", [(32, 32), (side, side)] * 2)
+def test_images_of_several_sizes(small):
+    """They are decoded by workers, whose number changes nothing; nor does being stopped."""
+    save_pets("pets", [(32, 32), (40, 40)] * 2)
     argv = ["--dataset", "pets", *TINY, *NARROW, "--batch-size", "2", "--image-size", "32"]
     argv += ["--knn-every", "1", "--epochs", "2"]
     succeed("simclr", *argv, "--out", "run")
@@ -552,9 +541,15 @@ def test_what_is_saved_when(how, epoch, small, whole):
     argv = [*THREE_EPOCHS, "--out", "run", *(how.split() if "--" in how else [])]
     clock = slow_clock() if how == "slow" else contextlib.nullcontext()
     with clock, at_call("projections", 3, mock.Mock(side_effect=KeyboardInterrupt)):
-        status, _, err = call("simclr", *argv)
+        status, out, err = call("simclr", *argv)
     assert (status, err) == (130, "interrupted\n")
     assert load("run/checkpoint.pt")["epoch"] == epoch and len(read_log("run")) == 2
+    if how == "slow":  # a line for each step of an epoch, with the mean loss so far
+        lines = [line for line in out.splitlines() if line.startswith("epoch 2/3  step ")]
+        assert [line.split()[3] for line in lines] == ["1/4", "2/4", "3/4", "4/4"]
+        assert all("img/s" in line and "min left" in line for line in lines)
+        loss = float(lines[-1].split("loss ")[1].split(",")[0])
+        assert read_log("run")[1]["loss"] == pytest.approx(loss, abs=1e-4)
     with arriving(at=4 * epoch + 1):  # in the middle of an epoch: no reason to keep an encoder
         _, printed, _ = call("simclr", *argv, "--resume")
     assert f"resumed from step {4 * epoch} (epoch {epoch})" in printed.splitlines()
@@ -617,12 +612,10 @@ def test_every_failing_write_leaves_a_whole_checkpoint(small, whole):
 
 REFUSED = [  # flags after those of a run that is all right, perhaps with a script; what is said
     ("--dataset code.pt", "nothing was run"),
-    ("--dataset", "--dataset: expected one argument"),
     ("--batch-size 69", "--batch-size 69 exceeds the 68 training images"),
     ("--batch-size 1", "--batch-size: 1 is out of range"),
     ("--epochs many", "--epochs: invalid int value: 'many'"),
     ("--lr nan", "--lr: nan is out of range, expected a number of at least 1e-09"),
-    ("--lr inf", "--lr: inf is out of range"),
     ("--momentum 1.1", "--momentum: 1.1 is out of range, expected a number from 0 to 1"),
     ("--warmup-epochs 4", "--warmup-epochs 4 exceeds --epochs 3"),
     ("--mi-weight 0.1", "--mi-weight is for --increase-mi alone"),
@@ -642,15 +635,12 @@ REFUSED = [  # flags after those of a run that is all right, perhaps with a scri
     ("--out run --resume --lr 0.5", "was made with --lr 0.1, not 0.5"),
     ("--out run --resume --epochs 4", "was made with --epochs 3, not 4"),
     ("byol --out begun --resume", "config.json is not of byol.py, but of: python simclr.py"),
-    ("--out run --resume --seed 1", "was made with --seed 0, not 1"),
     ("--out method --resume", "was made with method byol, not simclr"),
     ("--out fewer --resume", "was made with images 11, not 68"),
     ("--out other --resume", "was made with content 0, not "),
-    ("--out named --resume", "was made with classes ['x'], not ['a', 'b', 'c', 'd']"),
     ("--out weights --resume", "does not fit"),
     ("--out list --resume", "does not fit"),
     ("--out counted --resume", "does not fit"),
-    ("--out encoder --resume", "does not fit"),
     ("--out foreign --resume", "foreign/checkpoint.pt: no such file"),
     ("--out foreign", "foreign holds a run or other files"),
 ]
@@ -658,11 +648,9 @@ STRANGE = {  # folders with another checkpoint
     "method": lambda saved: saved | {"identity": saved["identity"] | {"method": "byol"}},
     "fewer": lambda saved: saved | {"identity": saved["identity"] | {"images": 11}},
     "other": lambda saved: saved | {"identity": saved["identity"] | {"content": 0}},
-    "named": lambda saved: saved | {"identity": saved["identity"] | {"classes": ["x"]}},
     "counted": lambda saved: saved | {"step": {"a": 1}},
     "weights": lambda saved: saved | {"model": {"weight": torch.zeros(2)}},
     "list": lambda saved: [1, 2],
-    "encoder": lambda saved: {"state_dict": saved["model"]},  # an encoder.pt
 }
 
 
@@ -727,7 +715,7 @@ def test_what_is_not_finite_is_never_saved(poison, stopped, small):
     """In the second step, where a signal may ask for a checkpoint: the loss is not finite; or it
     is, but not what the step made of the weights, or of the optimiser's moments; or a term."""
 
-    class Poisoned(Minimal):
+    class Poisoned(Noting):
         def forward(self, views, y):
             loss, terms = super().forward(views, y)
             if len(self.seen) == 2:
@@ -750,11 +738,12 @@ def test_what_is_not_finite_is_never_saved(poison, stopped, small):
 
 def test_one_graph_for_all_epochs(small, whole, monkeypatch):
     """torch.compile without its code generator: it captures graphs, and runs them as they are. One
-    for the model, one for its views; none for AutoAugment, which goes image by image."""
+    for the model, whose KL weight and partition may change from step to step (CARP's do), one for
+    its views; none for AutoAugment, which goes image by image."""
     capture = functools.partial(torch.compile, backend="eager")
     monkeypatch.setattr(torch, "compile", capture)
     found = torch._dynamo.utils.counters
-    for script, graphs in ("byol", 2), ("supcon_tcl", 1):
+    for script, graphs in ("byol", 2), ("supcon_tcl", 1), ("carl_carp --method carp", 2):
         torch._dynamo.reset()
         found.clear()
         with torch._dynamo.config.patch(error_on_recompile=True):

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torchvision
 import torchvision.transforms.functional as TF
-from test_common import noise_bytes, rng
+from test_common import close, noise_bytes, rng
 
 import carl_carp
 import common
@@ -23,10 +23,6 @@ def uniform(low, high, *shape, seed=0):
 def noise(n, height, width=None):
     """Float images of independent pixels, in which a misplaced or smoothed one is seen."""
     return uniform(0, 1, n, 3, height, width or height)
-
-
-def close(actual, expected, atol=1e-4):
-    torch.testing.assert_close(actual, expected, rtol=0, atol=atol)
 
 
 def image_by_image(operation, x, *parameters):
@@ -309,5 +305,5 @@ def test_evaluation_view(height, width, size, box):
     images = noise_bytes(2, height, width)
     x = TF.resized_crop(images / 255, *box, [size, size], FILTERS["bicubic"], antialias=True)
     view = common.evaluation_view(images, size, MEAN, STD)
-    close(view, TF.normalize(x.clamp(0, 1), MEAN, STD))
+    close(view, TF.normalize(x.clamp(0, 1), MEAN, STD), 1e-4)
     assert view.is_contiguous(memory_format=torch.channels_last)

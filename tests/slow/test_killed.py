@@ -1,89 +1,35 @@
-"""Killed before any rename, a run that is resumed ends as one that was left alone.
+"""Killed before any rename, a run that is resumed ends as one that was left alone. SIGKILL leaves
+no time to clean up: it leaves the folder as it is then, with temporary files, and a rename that has
+happened or has not."""
 
-SIGKILL leaves no time to clean up: half-written temporary files stay, a rename has happened or has
-not. A process that has loaded torch forks a run, kills it, and forks the next."""
-
-import contextlib
-import importlib
-import itertools
-import json
 import os
 import shutil
-import signal
-import subprocess
-import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
-from test_training import NARROW, ROOT, TINY, SmallEncoder, assert_same_run, store, toy
-
-import common
+from test_training import NARROW, TINY, assert_same_run, call, folder, small, succeed  # noqa: F401
 
 pytestmark = pytest.mark.slow
 
 
-def run_once(argv, out, rename=None):
-    """The exit status of a run, resumed where there is one, in a process of its own that is killed
-    before its n-th rename."""
-    resume = ["--resume"] if Path(out).exists() else []
-    pid = os.fork()
-    if not pid:
-        script, *sys.argv = argv[0], *argv, "--out", out, *resume
-        calls, replace = itertools.count(1), os.replace
-
-        def last_rename(*given):
-            if next(calls) == rename:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return replace(*given)
-
-        os.replace = last_rename
-        with open("printed.txt", "a") as printed, contextlib.redirect_stdout(printed):
-            try:
-                common.run(importlib.import_module(script).main)
-                status = 0
-            except SystemExit as stop:
-                status = stop.code
-        sys.stderr.flush()
-        os._exit(status)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-
-def main():
-    """Run argv whole, then once for each rename killed there, and to its end; print how many were
-    killed, and what files they left."""
-    common.resnet = SmallEncoder
-    left, argv = set(), sys.argv[1:]
-    assert run_once(argv, "whole") == 0
-    for n in itertools.count(1):
-        status = run_once(argv, "run", n)
-        left |= {path.name for path in Path("run").glob("*")}
-        assert run_once(argv, "run") == 0
-        assert_same_run("run", "whole")
-        shutil.rmtree("run")
-        if status == 0:  # the run had fewer renames
-            break
-        assert status == -signal.SIGKILL
-    print(json.dumps([n - 1, sorted(left)]))
-
-
 @pytest.mark.parametrize("script", ["simclr", "byol", "corinfomax"])
-def test_killed_at_every_rename(script, tmp_path):
-    """With the target network, or the running covariance, that a method carries along. The driver
-    is a process that has not computed anything: what has cannot be forked safely."""
-    store(toy(), tmp_path / "toy.pt")
-    argv = [script, "--dataset", "toy.pt", *TINY, *NARROW, "--save-every", "1", "--epochs", "2"]
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    where = {"cwd": tmp_path, "env": environment, "capture_output": True, "text": True}
-    driver = subprocess.run([sys.executable, __file__, *argv], **where)
-    shutil.rmtree(tmp_path)
-    assert driver.returncode == 0, driver.stderr
-    killed, left = json.loads(driver.stdout.splitlines()[-1])
+def test_killed_at_every_rename(script, small):  # noqa: F811
+    """With the target network, or the running covariance, that a method carries along."""
+    argv = ["--dataset", "toy.pt", *TINY, *NARROW, "--save-every", "1", "--epochs", "2", "--out"]
+    killed, replace = [], os.replace
+
+    def noted(*names):
+        killed.append(shutil.copytree("whole", f"killed{len(killed)}"))
+        return replace(*names)
+
+    with mock.patch.object(os, "replace", noted):
+        succeed(script, *argv, "whole")
     # config, views; after each epoch checkpoint, encoder, milestone, log; once the one before
-    assert killed == 2 + 2 * 4 + 1
-    names = {"config.json", "views.png", "checkpoint.pt", "encoder.pt", "log.jsonl"}
-    assert {f"{name}.tmp" for name in names} <= set(left)
-
-
-if __name__ == "__main__":
-    main()
+    assert len(killed) == 2 + 2 * 4 + 1
+    left = {path.name for path in Path().glob("killed*/*.tmp")}
+    names = "config.json", "views.png", "checkpoint.pt", "encoder.pt", "log.jsonl"
+    assert left >= {f"{name}.tmp" for name in names}
+    for out in killed:
+        assert call(script, *argv, out, "--resume")[0] == 0
+        assert_same_run(out, "whole")

@@ -2,12 +2,11 @@
 them from collapse; and that a collapsed encoder is worth nothing there."""
 
 import functools
-import json
-from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
+from test_linear_eval import encoder_dict, evaluate
 from test_training import folder, load, read_log, store, succeed  # noqa: F401
 
 import common
@@ -54,11 +53,9 @@ def test_without_what_prevents_it_a_method_collapses(method, folder):  # noqa: F
 
 
 def test_a_collapsed_encoder_scores_at_chance(folder):  # noqa: F811
-    network = common.resnet(stem="imagenet").state_dict()
-    about = {"arch": "resnet18", "stem": "imagenet", "image_size": 32}
-    about |= {"mean": [0.5] * 3, "std": [0.25] * 3}
-    weights = {key: torch.zeros_like(value) for key, value in network.items()}
-    store(about | {"state_dict": weights}, Path("encoder.pt"))
+    weights = encoder_dict()["state_dict"]
+    zeros = {key: torch.zeros_like(value) for key, value in weights.items()}
+    store(encoder_dict(image_size=32, state_dict=zeros), "encoder.pt")
     argv = "--checkpoint encoder.pt --dataset shapes --device cpu --cached --epochs 1"
-    figures = json.loads(succeed("linear_eval", *argv.split()).splitlines()[-1])
+    _, figures = evaluate(*argv.split())
     assert abs(figures["knn_top1"] - 0.1) < 0.03 and abs(figures["top1"] - 0.1) < 0.03

@@ -3,28 +3,17 @@ file that keeps to the contract in common.train's docstring trains, goes on bit 
 processes, is evaluated and passes the project's own tests, with no other file touched."""
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 
 import pytest
-from test_training import CPU, ROOT, TINY, assert_same_run, read_log, store, toy, wait_for
+from test_training import ROOT, TINY, assert_same_run, finish, read_log, start, store, toy, wait_for
 
 pytestmark = pytest.mark.slow
 SIMSIAM = '''# SPDX-License-Identifier: MIT
-"""SimSiam: Exploring Simple Siamese Representation Learning.
-X. Chen, K. He, 2020, arXiv:2011.10566
+"""SimSiam, by X. Chen and K. He, 2020, arXiv:2011.10566
 
-Idea. BYOL without the moving average: the target is the online network itself, without gradient.
-
-Loss: L = -cos(p_1, z_2) / 2 - cos(p_2, z_1) / 2, averaged over images; -1 for perfect predictions.
-
-Notation: f -> backbone, g -> projector, h -> predictor.
-
-Run:    python simsiam.py --dataset cifar10 --epochs 200
-Result: not measured.
+Run: python simsiam.py --dataset cifar10 --epochs 200
 """
 
 import torch
@@ -35,13 +24,10 @@ import common
 
 
 def simsiam_loss(p1: torch.Tensor, z2: torch.Tensor) -> torch.Tensor:
-    """One direction: the mean over images of -cos(p1, z2); its gradient goes to p1 alone."""
     return -F.cosine_similarity(p1.float(), z2.detach().float()).mean()
 
 
 class SimSiam(nn.Module):
-    """views -> backbone -> projector -> z -> predictor -> p."""
-
     def __init__(self, backbone, hidden_dim=512, dim=512):
         super().__init__()
         self.backbone = backbone
@@ -49,7 +35,6 @@ class SimSiam(nn.Module):
         self.predictor = common.mlp(dim, hidden_dim // 4, dim)
 
     def forward(self, views, y=None):
-        """views: 2 of [B, 3, H, W]; y: [B], not used. Returns (loss, terms)."""
         z1, z2 = (self.projector(self.backbone(x)) for x in views)
         p1, p2 = self.predictor(z1), self.predictor(z2)
         loss = (simsiam_loss(p1, z2) + simsiam_loss(p2, z1)) / 2
@@ -61,11 +46,9 @@ PRESETS = {"default": {"optimizer": "sgd", "lr": 0.03, "batch_size": 512, "weigh
 
 def main():
     parser = common.base_parser(__doc__)
-    parser.add_argument("--hidden-dim", type=common.count, default=512, help="of the projector")
-    parser.add_argument("--dim", type=common.count, default=512, help="of the projections")
     args = common.parse_args(parser, PRESETS)
     data = common.prepare(args, "simsiam")
-    model = SimSiam(common.resnet(args.arch, args.stem), args.hidden_dim, args.dim)
+    model = SimSiam(common.resnet(args.arch, args.stem))
     recipes = common.symmetric(args.views, args.color_strength, args.crop_min, args.blur)
     common.train("simsiam", model, data, recipes, args)
 
@@ -87,16 +70,10 @@ def project(tmp_path_factory):
     shutil.rmtree(copy)
 
 
-def start(project, *words):
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
-    how = {"cwd": project, "env": environment, "text": True}
-    how |= {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen([sys.executable, *map(str, words)], **how)
-
-
-def finish(process, seconds=300):
-    out, err = process.communicate(timeout=seconds)
-    assert process.returncode == 0, out + err
+def run(project, *words):
+    """To its end, in the project; what it prints."""
+    status, out, err = finish(start(*words, cwd=project, path=[]))
+    assert status == 0, out + err
     return out
 
 
@@ -104,21 +81,21 @@ TRAIN = ["simsiam.py", "--dataset", "toy.pt", *TINY, "--epochs", "3", "--knn-eve
 
 
 def test_it_trains_goes_on_and_is_evaluated(project):
-    printed = finish(start(project, *TRAIN, "--out", "whole"))
+    printed = run(project, *TRAIN, "--out", "whole")
     assert "linear_eval.py --checkpoint whole/encoder.pt" in printed.splitlines()[-1]
     entry = read_log(project / "whole")[-1]
     assert (entry["step"], entry["views"]) == (30, 2.0) and -1 <= entry["loss"] == -entry["cosine"]
 
-    process = start(project, *TRAIN, "--out", "run")
+    process = start(*TRAIN, "--out", "run", cwd=project, path=[])
     wait_for(project / "run/checkpoint.pt")
     process.send_signal(signal.SIGTERM)
-    out, _ = process.communicate(timeout=300)
-    assert process.returncode == 128 + signal.SIGTERM and "stopped; to go on" in out
-    assert "resumed from step" in finish(start(project, *TRAIN, "--out", "run", "--resume"))
+    status, out, _ = finish(process)
+    assert status == 128 + signal.SIGTERM and "stopped; to go on" in out
+    assert "resumed from step" in run(project, *TRAIN, "--out", "run", "--resume")
     assert_same_run(project / "run", project / "whole")
 
     argv = ["linear_eval.py", "--checkpoint", "whole/encoder.pt", "--dataset", "toy.pt"]
-    printed = finish(start(project, *argv, "--protocol", "knn", *CPU))
+    printed = run(project, *argv, *"--protocol knn --device cpu --precision fp32".split())
     figures = json.loads(printed.splitlines()[-1])
     assert figures["knn_top1"] == pytest.approx(entry["knn_top1"], abs=0.04)
 
@@ -127,8 +104,8 @@ def test_it_runs_on_two_processes(project):
     """At a low rate, at which rounding stays small, with the losses of one process."""
     slow = [*TRAIN, "--lr", "1e-6"]
     several = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    finish(start(project, *several, *slow, "--out", "two"))
-    finish(start(project, *slow, "--out", "one"))
+    run(project, *several, *slow, "--out", "two")
+    run(project, *slow, "--out", "one")
     one, two = (read_log(project / name) for name in ("one", "two"))
     assert [e["loss"] for e in two] == pytest.approx([e["loss"] for e in one], rel=1e-3)
 
@@ -138,5 +115,5 @@ def test_it_passes_the_tests_of_the_project(project):
     files = sorted(project.glob("tests/test_*.py"))
     files = [path for path in files if 'glob("*.py")' in path.read_text()]
     words = ["-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
-    assert files and " passed" in finish(start(project, *words))
-    assert "simsiam" in finish(start(project, *words, "--collect-only"))
+    assert files and " passed" in run(project, *words)
+    assert "simsiam" in run(project, *words, "--collect-only")
