@@ -892,10 +892,12 @@ class Run:
         saved = on_first(lambda: load_whole(path))
         with readable(path, "does not fit"):
             for what, then in saved["identity"].items():
-                now, more = self.identity.get(what), ": --resume needs the same"
+                now = self.identity.get(what)
+                wrong = f"{path} was made with {what} {str(then)[:200]}, not {str(now)[:200]}"
+                more = ": --resume needs the same"
                 if what == "--epochs":
                     more = ", at whose end the learning rate is 0: for more, a new run with --init"
-                check(now == then, f"{path} was made with {what} {then}, not {now}{more}")
+                check(now == then, wrong + more)
             self.model.load_state_dict(saved["model"])
             self.optimizer.load_state_dict(saved["optimizer"])
             self.scaler.load_state_dict(saved["scaler"])
@@ -1443,7 +1445,8 @@ def training_batches(split, epoch, args, recipes, skip=0):
 
 def batches_of(split, index, size, args, recipes=(), first=0):
     """Batches (images, labels [B]) of a split in the order of `index`, on the device. In memory:
-    uint8 [B, 3, H, W]. From disk, decoded ahead by workers: as from decoded."""
+    uint8 [B, 3, H, W]. From disk, decoded ahead by workers: as from `decoded`, where crops depend
+    on `first` plus an image's index, so that each epoch has others."""
     if split.in_memory:
         index = index.to(split.images.device)
         for some in [index[i : i + size] for i in range(0, len(index), size)]:
@@ -1459,8 +1462,8 @@ def batches_of(split, index, size, args, recipes=(), first=0):
 
 
 def decoded(split, recipes, first, args, index):
-    """uint8 [B, V, 3, S, S] and labels: a random crop for each recipe, which depends on seed and
-    first + index alone; without recipes the centre crop, [B, 3, S, S]."""
+    """uint8 [B, V, 3, S, S], a random crop for each recipe, or without recipes the centre crop,
+    [B, 3, S, S]; and labels [B]. index: ints, which images of the split."""
     size, images = args.image_size, []
     for i in index:
         image = read_image(split.images[i])
@@ -1624,7 +1627,8 @@ def begun_with(settings):
 
 
 def only_for(condition, what, *flags):
-    """InputError where `condition` is false, and so nothing would read the flags that are given."""
+    """InputError where `condition` is false and the command line has one of `flags`, which nothing
+    would read then."""
     given = {word.split("=")[0] for word in sys.argv}
     for flag in flags:
         check(condition or flag not in given, f"{flag} is for {what} alone: leave it out")
@@ -1633,10 +1637,12 @@ def only_for(condition, what, *flags):
 def prepare(args, method, labels=False) -> Dataset:
     """The dataset, on the device; fills in the arguments that follow from it and the machine.
     labels: whether the method needs them, so that unlabeled images stay out."""
+    only_for(args.increase_mi, "--increase-mi", "--mi-weight")
+    only_for(args.optimizer in ("sgd", "lars"), "--optimizer sgd or lars", "--momentum")
     resolve_hardware(args)
     data = load_once(args)
     if labels:
-        wrong = f"{data.name}: {method} needs labels, of two classes at least"
+        wrong = f"{data.name}: {method} needs labels, of two classes at least; others need none"
         check(len(data.classes) > 1, wrong)
         data = dataclasses.replace(data, pretrain=data.train)
     batch, n = args.batch_size, len(data.pretrain)
@@ -1647,8 +1653,6 @@ def prepare(args, method, labels=False) -> Dataset:
     check(agreed(n) == n, f"{data.name} has {n} training images here, and more elsewhere")
     longer = f"--warmup-epochs {args.warmup_epochs:g} exceeds --epochs {args.epochs}"
     check(args.warmup_epochs <= args.epochs, longer)
-    only_for(args.increase_mi, "--increase-mi", "--mi-weight")
-    only_for(args.optimizer in ("sgd", "lars"), "--optimizer sgd or lars", "--momentum")
     if args.mi_weight is None:
         args.mi_weight = MI_WEIGHTS.get(args.increase_mi)
     args.image_size = args.image_size or data.size
@@ -1706,20 +1710,21 @@ def keep_freed_memory() -> None:
 
 
 class Conv3x3(nn.Conv2d):
-    """A 3x3 convolution with padding 1, for CPUs. Of maps of 2 pixels a side or 1, which layer3 and
-    layer4 have of 32 pixels behind the ImageNet stem, each output pixel sees the whole input: one
-    matrix product does the same in less than half of the time."""
+    """A plain 3x3 convolution with padding 1, [B, C, H, W], for CPUs. Of maps of 2 pixels a side or
+    1, which layer3 and layer4 have of 32 pixels behind the ImageNet stem, each output pixel sees
+    the whole input: one matrix product does the same in less than half of the time."""
 
     def forward(self, x):
         side = x.shape[-1]
         if x.shape[2:] not in [(1, 1), (2, 2)]:
             return super().forward(x)
-        # Output pixel i sees `side` rows, or columns, of the kernel, from 1 - stride * i on.
-        starts = [1 - i for i in range(0, side, self.stride[0])]
-        parts = [self.weight[:, :, i : i + side, j : j + side] for i in starts for j in starts]
+        # An output pixel at `place` sees `side` rows, or columns, of the kernel from 1 - place on.
+        first = [1 - place for place in range(0, side, self.stride[0])]
+        spans = [slice(start, start + side) for start in first]
+        parts = [self.weight[:, :, rows, columns] for rows in spans for columns in spans]
         matrix = torch.stack(parts).permute(0, 1, 3, 4, 2).flatten(2).flatten(0, 1)
         y = F.linear(x.permute(0, 2, 3, 1).flatten(1), matrix)  # [B, pixels * C_out]
-        return y.unflatten(1, (len(starts), len(starts), -1)).permute(0, 3, 1, 2)
+        return y.unflatten(1, (len(spans), len(spans), -1)).permute(0, 3, 1, 2)
 
 
 def set_up(model, args):
@@ -1733,8 +1738,11 @@ def set_up(model, args):
         model = MutualInformation(model, args.increase_mi, args.mi_weight, args.image_size)
     model = synchronized(model, args)
     if torch.device(args.device).type == "cpu":
+        plain = nn.Conv2d(1, 1, 3, padding=1, bias=False)
+        same = "kernel_size", "padding", "padding_mode", "dilation", "groups", "bias"
         for module in model.modules():
-            if type(module) is nn.Conv2d and module.kernel_size == (3, 3) and module.bias is None:
+            alike = type(module) is nn.Conv2d and module.stride in [(1, 1), (2, 2)]
+            if alike and all(getattr(module, x) == getattr(plain, x) for x in same):
                 module.__class__ = Conv3x3
     return model.to(args.device, memory_format=torch.channels_last).train()
 

@@ -52,8 +52,9 @@ from common import check
 
 
 def measure(encoder, original, data, train, test, args):
-    """Scores [N, C] of the test images by "knn" and by the protocol, k, and the linear classifier,
-    beside what they were measured with. train, test: Splits with features [N, F] for data's."""
+    """A namespace: scores, {"knn" and the protocol: [N, C] of the test images}; k; the linear
+    classifier, or None; and data, train, test, args, with which they were measured. train, test:
+    Splits with features [N, F] for data's images."""
     torch.manual_seed(args.seed)
     finite = train.images.isfinite().all() and test.images.isfinite().all()
     check(finite, f"{args.checkpoint}: its features are not finite")
@@ -130,7 +131,8 @@ def finetune_protocol(encoder, data, train, args):
 
 
 def fit(loss_of, batches, groups, share, data, args):
-    """SGD. The rate of a group of parameters: its base, times share(progress, group)."""
+    """SGD. batches: epoch -> iterator. loss_of: one of these batches -> scalar. The rate of a group
+    of parameters: its base, times share(progress, group)."""
     optimizer = torch.optim.SGD(groups, 0.1, args.momentum, 0, args.weight_decay, foreach=True)
     scaler = torch.amp.GradScaler(torch.device(args.device).type, enabled=args.precision == "fp16")
     steps = len(data.train) // args.batch_size
@@ -217,8 +219,8 @@ T95 = 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262  # Student'
 def every_seed(encoder, data, args):
     """What measure returns for the first seed, and of all seeds the accuracies: {"knn" and the
     protocol: [(top-1, top-5, balanced top-1) of each]}."""
+    original = copy.deepcopy(encoder.to(args.device).state_dict())
     test = features_of(encoder, data.test, args, data)
-    original = copy.deepcopy(encoder.state_dict())
     first, accuracies = None, collections.defaultdict(list)
     for seed in range(args.seed, args.seed + args.seeds):
         encoder.load_state_dict(original)  # fine-tuning changes it
@@ -283,8 +285,8 @@ def random_encoder(args, data):
 
 
 def baselines(info, data, args):
-    """What pixels themselves, and an untrained encoder of the same kind, measure. What is evaluated
-    is not its own baseline."""
+    """What pixels themselves, and an untrained encoder of the same kind, measure, of which a linear
+    classifier is cached, to be quick. What is evaluated is not its own baseline."""
     quick = argparse.Namespace(**vars(args) | {"cached": args.protocol == "linear", "seeds": 1})
     votes = argparse.Namespace(**vars(quick) | {"protocol": "knn"})
     found = {"pixels": every_seed(common.pixels(args), data, votes)}
@@ -439,8 +441,8 @@ def spectra(info, data, args):
 def spectrum(features):
     """Eigenvalues [F] of the covariance of features [N, F], the largest first, as shares of their
     sum; what is rounding is 0. And the rank, of the same definition as in a run's log."""
-    covariance = features.double().T.cov(correction=0)
-    values = torch.linalg.eigvalsh(covariance).flip(0).cpu()
+    covariance = features.cpu().double().T.cov(correction=0)  # Apple's GPUs have no float64
+    values = torch.linalg.eigvalsh(covariance).flip(0)
     values = values.where(values > 1e-12 * values[0], 0)
     return values / values.sum().clamp(min=1e-300), common.collapse_figures(features)["rank"]
 
@@ -642,13 +644,14 @@ def load_encoder(path, **overrides):
     chosen = choose(tensors, path, overrides.get("key"))
     saved = saved if isinstance(saved, dict) else {}
     ours = all(name in saved for name in ABOUT)
-    about = saved if ours else {"method": path.name, "config": {}}
+    about = saved if ours else {"method": path.name, "epoch": saved.get("epoch")}
     said = {name: about[name] for name in ABOUT + STEM if name in about}
     given = {name: overrides.get(name) for name in ABOUT + STEM}
     said |= {name: value for name, value in given.items() if value not in (None, "auto")}
     info = completed(said, chosen, path, ours)
-    info |= {name: about.get(name) for name in ("method", "dataset", "config")}
-    info["epoch"] = saved["epoch"] if isinstance(saved.get("epoch"), int) else None
+    for name, kind in ("method", str), ("dataset", str), ("config", dict), ("epoch", int):
+        info[name] = about[name] if isinstance(about.get(name), kind) else None
+    info["config"] = info["config"] or {}
     taken = set(map(id, chosen.weights.values()))
     rest = [name for name, value in tensors.items() if id(value) not in taken]
     some = f", such as {rest[0]}" if rest else ""
@@ -849,9 +852,10 @@ def projector_of(chosen, tensors):
         return None
     widths = [matrices[0].shape[1], *map(len, matrices)]
     for batch_norm, bias, last_bias in itertools.product((True, False), repeat=3):
-        layers = common.mlp(*widths, batch_norm=batch_norm, bias=bias, last_bias=last_bias)
+        with torch.device("meta"):  # nothing is drawn
+            layers = common.mlp(*widths, batch_norm=batch_norm, bias=bias, last_bias=last_bias)
         with contextlib.suppress(RuntimeError):  # keys or shapes differ
-            layers.load_state_dict(parts)
+            layers.load_state_dict(parts, assign=True)
             return layers.eval()
     return None
 
@@ -938,7 +942,7 @@ def arguments():
     args = common.parse_args(parser(), PRESETS, "protocol", "recipe")
     if args.recipe == "s004" and args.checkpoint not in (None, "random"):
         _, info = load_encoder(args.checkpoint, **overrides_of(args))
-        if (info["config"] or {}).get("self_supervised") is False:  # with labels
+        if info["config"].get("self_supervised") is False:  # trained with labels
             words = [*sys.argv[1:], "--recipe", "s004_labels"]
             args = common.parse_args(parser(), PRESETS, "protocol", "recipe", argv=words)
     check(args.checkpoint or args.curves, "--checkpoint is required: a file, or random")
@@ -958,10 +962,10 @@ def arguments():
     if args.cached and args.augment != "crops":
         print(f"--cached: features of images as they are, without --augment {args.augment}")
         args.augment = "crops"
-    fits = args.recipe is None or linear or tuned and args.recipe == "s001"
+    fits = args.recipe is None or linear or (tuned and args.recipe == "s001")
     check(fits, f"--recipe {args.recipe} is for linear; finetune without one is S003's, or s001")
     plain = args.features == "encoder"
-    check(plain or not tuned and not args.export, "--features projector is not for that")
+    check(plain or not (tuned or args.export), "--features projector is not for that")
     args.compare = [str(file_of(path)) for path in args.compare]
     for path in args.compare:
         load_encoder(path)

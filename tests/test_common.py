@@ -148,26 +148,27 @@ def test_resnet_is_torchvisions(stem):
     assert model.num_features == 512
 
 
-@pytest.mark.parametrize("side, stride", [(1, 1), (2, 1), (2, 2), (4, 1)])
-def test_convolution_of_small_maps(side, stride):
-    """Values and gradients are nn.Conv2d's."""
-    conv = nn.Conv2d(5, 7, 3, stride, padding=1, bias=False).double()
-    x = torch.randn(4, 5, side, side, dtype=torch.float64, requires_grad=True)
-    found = []
-    for conv.__class__ in nn.Conv2d, common.Conv3x3:
-        y = conv(x)
-        found.append((y, *torch.autograd.grad(y.square().sum(), (x, conv.weight))))
-    for plain, ours in zip(*found, strict=True):
-        close(ours, plain, atol=1e-12)
+PLAIN = {"kernel_size": 3, "padding": 1, "bias": False}
+SMALL_MAPS = [(1, {}), (2, {}), (2, {"stride": 2}), (4, {}), (2, {"groups": 2})]
+SMALL_MAPS += [(2, {"padding_mode": "circular"}), (2, {"dilation": 2, "padding": 2})]
 
 
-def test_a_resnet_that_is_set_up_on_a_cpu_is_the_same():
-    encoder, x = common.resnet("resnet18", "imagenet").double(), torch.rand(4, 3, 32, 32).double()
-    before, keys = encoder(x), list(encoder.state_dict())
-    common.set_up(encoder, SimpleNamespace(concat_views=None, increase_mi=None, device="cpu"))
-    assert sum(type(module) is common.Conv3x3 for module in encoder.modules()) == 16
-    assert list(encoder.state_dict()) == keys
-    close(encoder(x), before, atol=1e-12)
+@pytest.mark.parametrize("side, how", SMALL_MAPS)
+def test_convolutions_set_up_on_a_cpu_are_the_same(side, how):
+    """Values and gradients; and they are one graph."""
+    model = nn.Sequential(nn.Conv2d(4, 6, **PLAIN | how)).double()
+    x = torch.randn(4, 4, side, side, dtype=torch.float64, requires_grad=True)
+
+    def outcome(network):
+        y = network(x)
+        return y, *torch.autograd.grad(y.square().sum(), (x, model[0].weight))
+
+    plain = outcome(model)
+    common.set_up(model, SimpleNamespace(concat_views=None, increase_mi=None, device="cpu"))
+    assert (type(model[0]) is common.Conv3x3) == (how.keys() <= {"stride"})
+    ours = outcome(torch.compile(model, backend="eager", fullgraph=True))
+    for a, b in zip(ours, plain, strict=True):
+        close(a, b, atol=1e-12)
 
 
 def test_unknown_resnet_is_named():
@@ -221,6 +222,26 @@ def test_neighbours_are_at_most_half_of_the_smallest_class(wanted, counts, k):
     votes, used = common.knn_votes(bank, test, 10, args)
     expected = common.knn_scores(bank.images, labels, test.images, 10, k, 0.1)
     assert used == k and torch.equal(votes, expected)
+
+
+HEALTHY = {"epoch": 3, "h_std": 0.7, "h_rank": 90.0, "z_std": 0.9, "z_rank": 20.0, "knn_top1": 0.5}
+
+
+@pytest.mark.parametrize(
+    "figures, said",
+    [
+        ({}, ""),
+        ({"epoch": 1, "z_std": 0.2}, "collapsed to a point"),
+        ({"z_rank": 3.0}, "collapsed to a few directions"),
+        ({"z_rank": 3.0, "epoch": 2}, ""),
+        ({"z_rank": 3.0, "labels_used": 1.0}, ""),
+        ({"knn_top1": 0.3}, "not learning beyond its start"),
+        ({"knn_top1": 0.3, "epoch": 2}, ""),
+    ],
+)
+def test_verdict(figures, said):
+    found = common.verdict(HEALTHY | figures, {"untrained encoder": 0.3, "pixels": 0.6})
+    assert found.startswith(said) and bool(found) == bool(said)
 
 
 def test_knn_monitor():

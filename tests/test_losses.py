@@ -515,6 +515,17 @@ def test_byol_moving_average(progress, decay, term):
         torch.testing.assert_close(new, decay * old + (1 - decay) * source)
 
 
+def test_byol_without_the_stop_gradient():
+    model, views = BYOL(SmallEncoder(), 12, 6, ablate="stop-gradient").double(), make_views()
+    z = projections(model, views)
+    p = [model.predictor(z_v) for z_v in z]
+    expected = 4 - 2 * F.cosine_similarity(p[0], z[1]) - 2 * F.cosine_similarity(p[1], z[0])
+    values = model(views)[0], expected.mean()
+    weight = model.projector[-1].weight
+    torch.testing.assert_close(*values)
+    torch.testing.assert_close(*(torch.autograd.grad(value, weight) for value in values))
+
+
 COME_TO = {
     "simclr": lambda t: LN(9) - t["mi_bound"],
     "barlow_twins": lambda t: 0.1 * (t["loss_on_diagonal"] + t["loss_off_diagonal"]),
