@@ -153,14 +153,14 @@ PRESETS = {
     "imagenet100": IMAGENET | {"epochs": 400, "batch_size": 256},
     "imagenet": IMAGENET | {"arch": "resnet50", "epochs": 100, "batch_size": 4096},  # deepmind
     "shapes": {  # ours: seconds an epoch on two cores
-        "epochs": 8,
+        "epochs": 14,  # held out, 8 have 42 %, these 56 %
         "batch_size": 64,
         "stem": "imagenet",
         "optimizer": "adamw",
         "lr": 1e-3,
         "lr_scaling": "none",
         "hidden_dim": 1024,
-        "ema_decay": 0.96,  # there are 496 steps: the target has to move
+        "ema_decay": 0.96,  # there are 868 steps: the target has to move
         "knn_every": 1,
     },
 }

@@ -535,7 +535,7 @@ def verdict(entry, baselines):
         return "collapsed to a point: hardly any difference between images"
     if entry["epoch"] <= 2:  # when a healthy run may be there, too
         return ""
-    if entry.get("z_rank", entry["h_rank"]) < 3.5 and not entry.get("labels_used"):
+    if entry.get("z_rank", entry["h_rank"]) < 4.5 and not entry.get("labels_used"):
         return "collapsed to a few directions"
     if entry.get("knn_top1", 1) <= next(iter(baselines.values()), 0):
         return "not learning beyond its start"

@@ -148,7 +148,7 @@ SHAPES = {  # ours: seconds an epoch on two cores
     "augment": "simaugment",
     "color_strength": 0.5,
     "blur": 0.0,
-    "k1": 1.0,  # after 6 epochs kNN has 99 %, with 5000 68 %
+    "k1": 1.0,  # after 4 of the 8 epochs kNN has 98.6 %, with 5000 80.5 %
     "epochs": 8,
     "batch_size": 128,
     "stem": "imagenet",
