@@ -21,7 +21,7 @@ Starts at log(2B - 1): to an untrained network all other views are as likely to 
 Notation: f -> backbone, g -> projector, h -> h, z -> z, tau -> temperature, N (images) -> B.
 
 Run:    python simclr.py --dataset cifar10 --epochs 200   (Python 3.10 or newer)
-Result: shapes, 8 epochs, two CPU cores, a9f6180: kNN 97.5 %, 107 s, loss 5.54 to 3.21.
+Result: shapes, 8 epochs, two CPU cores, 0b351c9: kNN 98.3 %, 40 s, loss by epoch 5.54 to 3.19.
 
 Differences
  1. S000 eq. 24 sums k to 2N, past its indices; the limit is N. Google's code adds the means over

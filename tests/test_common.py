@@ -234,6 +234,7 @@ HEALTHY = {"epoch": 3, "h_std": 0.7, "h_rank": 90.0, "z_std": 0.9, "z_rank": 20.
         ({"epoch": 1, "z_std": 0.2}, "collapsed to a point"),
         ({"z_rank": 4.0}, "collapsed to a few directions"),
         ({"z_rank": 3.0, "epoch": 2}, ""),
+        ({"z_rank": 3.0, "h_rank": 12.0}, ""),
         ({"z_rank": 3.0, "labels_used": 1.0}, ""),
         ({"knn_top1": 0.3}, "not learning beyond its start"),
         ({"knn_top1": 0.3, "epoch": 2}, ""),
