@@ -164,7 +164,7 @@ def test_convolutions_set_up_on_a_cpu_are_the_same(side, how):
         return y, *torch.autograd.grad(y.square().sum(), (x, model[0].weight))
 
     plain = outcome(model)
-    common.set_up(model, SimpleNamespace(concat_views=None, increase_mi=None, device="cpu"))
+    common.set_up(model, hardware(concat_views=None, increase_mi=None, precision="bf16"))
     assert (type(model[0]) is common.Conv3x3) == (how.keys() <= {"stride"})
     ours = outcome(torch.compile(model, backend="eager", fullgraph=True))
     for a, b in zip(ours, plain, strict=True):
