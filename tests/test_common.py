@@ -171,6 +171,14 @@ def test_convolutions_set_up_on_a_cpu_are_the_same(side, how):
         close(a, b, atol=1e-12)
 
 
+@pytest.mark.parametrize("cores, workers", [(1, 0), (2, 0), (8, 7), (64, 16)])
+def test_workers_leave_a_core_to_the_step(cores, workers, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(cores), raising=False)
+    args = hardware(workers=None)
+    common.resolve_hardware(args)
+    assert args.workers == workers
+
+
 def test_unknown_resnet_is_named():
     for words in ["resnet19"], ["resnet18", "big"]:
         with pytest.raises(ValueError, match=words[-1]):
