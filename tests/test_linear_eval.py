@@ -921,6 +921,7 @@ REFUSALS = {
     "--cached --lr 1e38": "loss not finite in epoch",
     "--protocol finetune --batch-size 1": "in batches of 1 are too few",
     "--cached --protocol knn": "--cached is for --protocol linear",
+    "--encoder-lr 0.1": "--encoder-lr is for --protocol finetune alone",
     "--recipe s004 --protocol finetune": "--recipe s004 is for linear",
     "--compare encoder.pt": "--compare is for --pictures",
     "--pictures --compare nowhere.pt": "nowhere.pt: no such file",

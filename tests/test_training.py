@@ -620,6 +620,7 @@ REFUSED = [  # flags after those of a run that is all right, perhaps with a scri
     ("--warmup-epochs 4", "--warmup-epochs 4 exceeds --epochs 3"),
     ("--mi-weight 0.1", "--mi-weight is for --increase-mi alone"),
     ("--optimizer adam --momentum 0.5", "--momentum is for --optimizer sgd or lars alone"),
+    ("carl_carp --num-prototypes 1", "--num-prototypes 1 teaches nothing"),
     ("carl_carp --num-blocks 2", "--num-blocks is for --method carp alone"),
     ("supcon_tcl --k2 2", "--k2 is for --loss tcl alone"),
     ("supcon_tcl --loss cross_entropy --temperature 1", "is for --loss supcon or tcl alone"),
