@@ -696,6 +696,12 @@ STRANGE = {  # what a file begins with: what it is
 }
 
 
+ANOTHER = {  # parts of names that torchvision's ResNets do not have: what they tell
+    r"(?<!\d\.)(conv1|stem)\.\d+\.": "several convolutions in its stem, an nn.Sequential",
+    r"\.filt\b": "blur-pool",
+}
+
+
 def read(path):
     """What torch.save wrote, of plain values alone; InputError for all else: no code is run."""
     check(path.is_file(), f"{path}: no such file")
@@ -753,6 +759,8 @@ def choose(tensors, path, key):
     best = min(found, key=lambda one: len(one.wrong))
     text = f"{path}: no whole encoder: as a {best.arch}, what is under {best.prefix!r} has "
     text += f"{len(best.wrong)} tensors missing, misshapen or too many: {', '.join(best.wrong[:3])}"
+    signs = [what for sign, what in ANOTHER.items() if re.search(sign, " ".join(tensors))]
+    text += "".join(f"; it has {what}" for what in signs)
     check(not best.wrong, f"{text}; only torchvision's own ResNets are taken")
     whole = [one for one in found if not one.wrong]
     words = {one.prefix: set(re.split(r"[._]", one.prefix.lower())) for one in whole}
