@@ -275,12 +275,9 @@ def random_encoder(args, data):
     stem = args.stem if args.stem != "auto" else "small" if size <= 64 else "imagenet"
     torch.manual_seed(args.seed)
     info = {"arch": arch, "stem": stem, "image_size": size, "method": "untrained", "epoch": 0}
-    info |= {"mean": args.mean or data.mean, "std": args.std or data.std, "assumed": []}
-    info |= {
-        "projector": None,
-        "stem_padding": args.stem_padding,
-        "stem_max_pool": args.stem_max_pool,
-    }
+    info |= {"mean": args.mean or data.mean, "std": args.std or data.std}
+    info |= {"stem_padding": args.stem_padding, "stem_max_pool": args.stem_max_pool}
+    info |= {"assumed": [], "projector": None}
     return network(info), info
 
 
