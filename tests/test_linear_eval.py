@@ -20,13 +20,13 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from conftest import CPU, call, fail, noise, succeed
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
 from matplotlib.text import Text
 from PIL import Image
 from test_common import rng
 from test_data import fill
-from test_training import CPU, call, fail, succeed
 
 import common
 import linear_eval
@@ -71,14 +71,14 @@ def run(tiny_run, toy_file, tmp_path_factory):
     files. Only to be read."""
     folder, found = tmp_path_factory.mktemp("evaluated"), {}
     for name in "encoder.pt", "checkpoint.pt":
-        shutil.copy(tiny_run.out / name, folder)
+        shutil.copy(tiny_run / name, folder)
     flags = ["--checkpoint", folder / "encoder.pt", "--dataset", toy_file, *CPU]
     for protocol, words in PROTOCOLS.items():
         before, drawn = set(folder.rglob("*")), ["--pictures"] * (protocol == "cached")
         table, figures = evaluate(*flags, *words, *drawn)
         new = set(folder.rglob("*")) - before
         found[protocol] = types.SimpleNamespace(table=table, figures=figures, new=new)
-    original = (tiny_run.out / "encoder.pt").read_bytes()
+    original = (tiny_run / "encoder.pt").read_bytes()
     assert (folder / "encoder.pt").read_bytes() == original
     return types.SimpleNamespace(folder=folder, **found)
 
@@ -88,7 +88,7 @@ def argv(tiny_run, toy_file, tmp_path, monkeypatch):
     """Flags for an encoder and a dataset that are all right, in a folder of their own."""
     monkeypatch.chdir(tmp_path)
     for name in "encoder.pt", "checkpoint.pt":
-        Path(name).symlink_to(tiny_run.out / name)
+        Path(name).symlink_to(tiny_run / name)
     shutil.copy(toy_file, "toy.pt")
     return ["--checkpoint", "encoder.pt", "--dataset", "toy.pt", *CPU, "--no-untrained"]
 
@@ -212,13 +212,13 @@ def test_the_untrained_encoder_is_what_random_gives(argv, run):
     assert json.loads(written.read_text()) == alone
 
 
-def test_validation_never_touches_the_test_images(argv, toy):
+def test_validation_never_touches_the_test_images(argv):
     """The same figures whatever the test split holds, and if there is none. In noise the nearest
     neighbour tells a class only where it is the image, so none was both held out and trained on."""
-    data, found = toy(), []
+    data, found = noise(), []
     argv += [*PROTOCOLS["cached"], "--validation-fraction", "0.25", "--knn-k", "1"]
-    noise = {"images": 255 - data["test"]["images"], "labels": data["test"]["labels"].flip(0)}
-    for test in noise, None:
+    other = {"images": 255 - data["test"]["images"], "labels": data["test"]["labels"].flip(0)}
+    for test in other, None:
         torch.save(data | {"test": test}, "toy.pt")
         table, figures = evaluate(*argv)
         assert figures["split"] == "validation" and "16 validation images" in "\n".join(table)
@@ -227,8 +227,8 @@ def test_validation_never_touches_the_test_images(argv, toy):
     assert Path("linear_cached_validation_toy.json").exists()
 
 
-def test_finetuning_learns(argv, toy):
-    data = toy()
+def test_finetuning_learns(argv):
+    data = noise()
     for split in data["train"], data["test"]:
         split["images"] = by_brightness(split["labels"])
     torch.save(data, "toy.pt")
@@ -252,7 +252,7 @@ def test_few_labels(argv):
 UNEVEN = torch.tensor([0] * 90 + [1] * 7 + [2] * 3)  # for a hundred images
 
 
-def test_small_classes_count(argv, toy):
+def test_small_classes_count(argv):
     """On separable classes of 90, 7 and 3 % of 600 images: neighbours of the majority alone must
     not outvote the others, and the balanced figure is the mean of the classes'."""
     data = {"classes": list("abc")}
@@ -399,7 +399,7 @@ def test_s003_sees_the_middle_of_small_images(argv, monkeypatch):
         ("--recipe s004 --dataset fashion_mnist", "supcon", 50, 128, 0.5, 0.08, 4, ""),
     ],
 )
-def test_presets(flags, method, epochs, batch, lr, crop_min, pad, policy, argv, toy):
+def test_presets(flags, method, epochs, batch, lr, crop_min, pad, policy, argv):
     argv[1] = "mine.pt"
     other = {name: value * 0.5 for name, value in encoder_dict()["state_dict"].items()}
     about = {"method": method, "config": {"self_supervised": method not in ("tcl", "supcon")}}
@@ -440,11 +440,11 @@ def test_features_of_the_projector(name, monkeypatch):
     assert both.num_features == 6 and not both.training and "then the projector" in info["found"]
 
 
-def test_transfer_keeps_the_encoders_size_and_statistics(argv, toy, monkeypatch):
+def test_transfer_keeps_the_encoders_size_and_statistics(argv, monkeypatch):
     seen, original = [], common.evaluation_view
     monkeypatch.setattr(common, "evaluation_view", lambda *a: seen.append(a[1:]) or original(*a))
     torch.save(encoder_dict(), "mine.pt")
-    torch.save(toy(size=24), "toy.pt")
+    torch.save(noise(size=24), "toy.pt")
     argv[1] = "mine.pt"
     table, _ = evaluate(*argv, *PROTOCOLS["knn"])
     assert "toy: 24 pixels, seen at the 16 of the encoder" in table
@@ -929,8 +929,8 @@ REFUSALS = {
 
 
 @pytest.mark.parametrize("flags", REFUSALS)
-def test_refusals(flags, argv, toy, tmp_path):
-    data = toy()
+def test_refusals(flags, argv, tmp_path):
+    data = noise()
     Path("folder").mkdir()
     fill(Path("unlabeled"), "1.png", "2.png")
     torch.save({key: value for key, value in data.items() if key != "test"}, "no_test.pt")
