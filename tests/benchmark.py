@@ -20,6 +20,7 @@ import copy
 import functools
 import importlib
 import io
+import itertools
 import random
 import statistics
 import sys
@@ -151,11 +152,6 @@ def arms_of(group, model, data, recipes, args, argv):
     return arms
 
 
-def forever(source):
-    while True:
-        yield from source()
-
-
 def measure(arms, args):
     """{name: {"ms_blocks": [milliseconds of a call in each block]}}. A block before the first, in
     which graphs are compiled, is not counted, nor what workers prefetch before the clock starts.
@@ -165,7 +161,7 @@ def measure(arms, args):
     for block in range(args.blocks + 1):
         for name in random.Random(block).sample(list(arms), len(arms)):
             step, source, workers = arms[name]
-            batches = forever(source)
+            batches = (views for _ in itertools.count() for views in source())
             for _ in range(1 + 2 * workers):
                 next(batches)
             repeats = max(args.steps, 4 * workers) if block else 3

@@ -1,7 +1,6 @@
 """common.py but for its views and data: schedule and optimisers against their equations, ResNets
 against torchvision's, neighbours and collapse figures against their definitions, files, presets."""
 
-import importlib
 import math
 import os
 import re
@@ -13,6 +12,7 @@ import pytest
 import torch
 import torchvision
 import torchvision.transforms.functional as TF
+from conftest import ROOT, flags_of
 from torch import nn
 
 import common
@@ -272,12 +272,6 @@ def test_encode_is_the_backbone_in_eval_mode():
         close(features, backbone.eval()(TF.normalize(split.images / 255, MEAN, STD)))
 
 
-@pytest.mark.parametrize("value", [0.3, 0.0])
-def test_collapse_figures_of_collapsed_features(value):
-    figures = common.collapse_figures(torch.full((64, 16), value))
-    assert figures == pytest.approx({"std": 0, "rank": 1}, abs=1e-2)
-
-
 @pytest.mark.parametrize("n, width", [(64, 20), (20, 64)])
 def test_collapse_figures_equal_their_definitions(n, width):
     features = torch.randn(n, width, generator=rng(), dtype=torch.float64) + 0.5
@@ -289,6 +283,9 @@ def test_collapse_figures_equal_their_definitions(n, width):
     figures = common.collapse_figures(features)
     assert figures["std"] == pytest.approx(float(spread), rel=1e-5)
     assert figures["rank"] == pytest.approx(rank, rel=1e-5)
+    for value in 0.3, 0.0:  # collapsed to a point
+        figures = common.collapse_figures(torch.full((n, width), value))
+        assert figures == pytest.approx({"std": 0, "rank": 1}, abs=1e-2)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -322,16 +319,6 @@ def test_atomic_write(tmp_path, monkeypatch):
 # Command line
 
 
-def flags_of(method):
-    """A script's parser, its presets and the names of their variants."""
-    module = importlib.import_module(method)
-    with mock.patch.object(common, "parse_args", side_effect=SystemExit) as caught:
-        with pytest.raises(SystemExit):
-            module.main()
-    parser, presets, *variants = caught.call_args.args
-    return parser, presets, variants
-
-
 LAID = [  # what is typed, which presets count, and the --lr, --dim and --k that they give
     ("", "default", (1, 1, 0)),
     ("--dataset pets --method b", "default + pets + b + pets b", (5, 2, 4)),
@@ -358,14 +345,17 @@ def test_presets_are_laid_over_each_other(argv, keys, values, capsys):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_help_prints_what_will_be_used(method, monkeypatch, capsys):
-    parser, presets, variants = flags_of(method)
+    parser, presets, *variants = flags_of(ROOT / f"{method}.py")
     for name in "batch_size", "optimizer", "lr", "weight_decay":  # each method has to say them
         assert name in presets["default"] and parser.get_default(name) is None
+    monkeypatch.setenv("COLUMNS", "80")
+    assert len(parser.format_help().splitlines()) <= 2 * 50  # two screens
     monkeypatch.setenv("COLUMNS", "1000")
     with pytest.raises(SystemExit):
         common.parse_args(parser, presets, *variants, argv=["--dataset", "shapes", "--help"])
     flags = re.split(r"\n+(?=  -|\S)", capsys.readouterr().out)  # and titles of groups
     lines = {flag.split()[0]: flag for flag in flags}
+    assert {"most", "method:"} <= lines.keys()  # the first title and the last
     for name, value in (presets["default"] | presets["shapes"]).items():
         flag = lines[f"--{name.replace('_', '-')}"]
         assert flag.rstrip().endswith(f"(default: {value})")
@@ -388,7 +378,7 @@ PREPARED = [  # what is typed for simclr.py on toy.pt in batches of 16; what fol
 
 @pytest.mark.parametrize("words, expected", PREPARED)
 def test_prepare_fills_in_what_follows(toy_file, words, expected):
-    parser, presets, _ = flags_of("simclr")
+    parser, presets, *_ = flags_of(ROOT / "simclr.py")
     argv = ["--dataset", str(toy_file), "--batch-size", "16", "--device", "cpu", *words.split()]
     args = common.parse_args(parser, presets, argv=argv)
     common.prepare(args, "simclr")

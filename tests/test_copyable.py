@@ -10,18 +10,17 @@ import itertools
 import math
 import sys
 import types
-from pathlib import Path
 from unittest import mock
 
 import pytest
 import test_losses
 import torch
 import torch.nn.functional as F
+from conftest import ROOT
 from torch import nn
 
 import common
 
-ROOT = Path(__file__).resolve().parent.parent
 METHOD_FILES = sorted(set(ROOT.glob("*.py")) - {ROOT / "common.py", ROOT / "linear_eval.py"})
 METHOD_NAMES = {path.stem for path in METHOD_FILES}
 METHOD_NAMES |= {"barlow", "supcon", "tcl", "carl", "carp"}
@@ -31,12 +30,6 @@ def definitions(path):
     """name -> node of the functions and classes at a file's top level."""
     kinds = ast.FunctionDef, ast.ClassDef
     return {n.name: n for n in ast.parse(path.read_text()).body if isinstance(n, kinds)}
-
-
-def losses(path):
-    """The functions called ..._loss, the classes called ...Loss, and what is logged beside them."""
-    wanted = "loss", "ldmi", "pull_and_push"
-    return [name for name in definitions(path) if name.lower().endswith(wanted)]
 
 
 def global_names(code):
@@ -60,7 +53,8 @@ def test_what_a_method_file_needs(path):
     """It imports torch, the standard library and common alone. Its losses need only torch, and
     functions of the same file that do not need more. What they compute: test_losses.py."""
     assert set(imported_modules(path)) <= {"torch", "common", *sys.stdlib_module_names}
-    defined, todo = definitions(path), losses(path)
+    defined, endings = definitions(path), ("loss", "ldmi", "pull_and_push")
+    todo = [name for name in defined if name.lower().endswith(endings)]
     assert todo
     for name in todo:  # which grows
         names = global_names(compile(ast.unparse(defined[name]), name, "exec")) - {name}

@@ -18,6 +18,7 @@ import pytest
 import torch
 import torchvision
 import torchvision.transforms.functional as TF
+from conftest import noise, store
 from PIL import Image
 from test_common import MEAN, STD, close, hardware, noise_bytes, tree
 from torch import nn
@@ -41,28 +42,22 @@ def png_of_16_bits(path):
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
 
 
-def palette(colour):
-    image = Image.new("P", (8, 8), 0)
-    image.putpalette(colour)
-    return image
-
-
-def gray(value):
-    return (value, value, value)
+PALETTE = Image.new("P", (8, 8), 0)
+PALETTE.putpalette(RED)
 
 
 @pytest.mark.parametrize(
     "name, image, options, expected",
     [
         ("rgb.png", Image.new("RGB", (8, 8), RED), {}, RED),
-        ("gray.png", Image.new("L", (8, 8), 90), {}, gray(90)),
+        ("gray.png", Image.new("L", (8, 8), 90), {}, (90, 90, 90)),
         ("bit.png", Image.new("1", (8, 8), 1), {}, WHITE),
-        ("palette.png", palette(RED), {}, RED),
+        ("palette.png", PALETTE, {}, RED),
         ("cmyk.jpg", Image.new("CMYK", (8, 8), (0, 255, 255, 0)), {"quality": 100}, RED),
         ("rgba.png", Image.new("RGBA", (8, 8), (0, 0, 0, 0)), {}, WHITE),
-        ("half.png", Image.new("RGBA", (8, 8), (0, 0, 0, 128)), {}, gray(127)),
+        ("half.png", Image.new("RGBA", (8, 8), (0, 0, 0, 128)), {}, (127, 127, 127)),
         ("la.png", Image.new("LA", (8, 8), (0, 0)), {}, WHITE),
-        ("index.png", palette(RED), {"transparency": 0}, WHITE),
+        ("index.png", PALETTE, {"transparency": 0}, WHITE),
         ("colour.png", Image.new("RGB", (8, 8), RED), {"transparency": RED}, WHITE),
         ("tone.png", Image.new("L", (8, 8), 90), {"transparency": 90}, WHITE),
         ("16.png", Image.fromarray(np.full((8, 8), 40000, np.uint16)), {}, "mode I;16"),
@@ -236,30 +231,24 @@ def test_the_data_of_a_run_is_known_by_its_images(tmp_path):
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_packed_file(tmp_path, toy, channels):
-    saved = toy()
+def test_packed_file(tmp_path, channels):
+    """Its images without labels are for pretraining alone."""
+    saved = noise() | {"unlabeled": {"images": noise_bytes(7, 16)}}
     saved["train"]["images"][:, 2] = 0  # a black channel, whose deviation would divide by 0
-    for key in "train", "test":
+    for key in "train", "test", "unlabeled":
         saved[key]["images"] = saved[key]["images"][:, :channels].clone()
-    torch.save(saved, tmp_path / "mine.pt")
-    data = common.load_dataset(str(tmp_path / "mine.pt"))
-    assert (data.name, data.classes, data.size) == ("mine", list("abcd"), 16)
-    for split, key in (data.train, "train"), (data.test, "test"), (data.pretrain, "train"):
-        assert torch.equal(split.labels, saved[key]["labels"])
-        assert torch.equal(split.images, saved[key]["images"].expand(-1, 3, -1, -1))
-    values = data.train.images.numpy().astype(np.float64) / 255
-    np.testing.assert_allclose(data.mean, values.mean((0, 2, 3)), rtol=1e-12)
-    np.testing.assert_allclose(data.std, values.std((0, 2, 3)).clip(1 / 255), rtol=1e-12)
-
-
-def test_unlabeled_images_are_for_pretraining_only(tmp_path, toy):
-    saved = toy() | {"unlabeled": {"images": noise_bytes(7, 16)}}
-    torch.save(saved, tmp_path / "more.pt")
-    loaded = common.load_dataset(str(tmp_path / "more.pt"))
-    both = torch.cat([saved["train"]["images"], saved["unlabeled"]["images"]])
+    loaded = common.load_dataset(str(store(saved, tmp_path / "mine.pt")))
+    assert (loaded.name, loaded.classes, loaded.size) == ("mine", list("abcd"), 16)
     for data in loaded, loaded.to("cpu"):
-        assert torch.equal(data.pretrain.images, both) and torch.equal(data.train.images, both[:64])
-        assert data.pretrain.labels[64:].eq(-1).all() and data.train.labels.ge(0).all()
+        labelled, rest = data.pretrain.take(torch.arange(64)), data.pretrain.images[64:]
+        for split, key in (data.train, "train"), (data.test, "test"), (labelled, "train"):
+            assert torch.equal(split.labels, saved[key]["labels"])
+            assert torch.equal(split.images, saved[key]["images"].expand(-1, 3, -1, -1))
+        assert torch.equal(rest, saved["unlabeled"]["images"].expand(-1, 3, -1, -1))
+        assert data.pretrain.labels[64:].tolist() == [-1] * 7
+    values = loaded.train.images.numpy().astype(np.float64) / 255
+    np.testing.assert_allclose(loaded.mean, values.mean((0, 2, 3)), rtol=1e-12)
+    np.testing.assert_allclose(loaded.std, values.std((0, 2, 3)).clip(1 / 255), rtol=1e-12)
 
 
 @pytest.mark.parametrize("images", [torch.arange(40), [f"{i}.png" for i in range(40)]])
@@ -453,47 +442,41 @@ class Payload:
         return open, ("payload_ran", "w")
 
 
-def given(value, root, toy):
-    """A file with this value."""
-    torch.save(value, root / "mine.pt")
-    return root / "mine.pt"
-
-
-def packed(split, key, change, root, toy):
+def packed(split, key, change):
     """A packed file of whose images or labels `change` makes others."""
-    value = toy()
+    value = noise()
     value[split][key] = change(value[split][key])
-    return given(value, root, toy)
+    return store(value, "mine.pt")
 
 
-def pets(change, root, toy):
+def pets(change):
     """A folder of eight images of one size; `change` gets its path."""
-    folder = save_pets(root / "pets", [(9, 9)] * 2)
+    folder = save_pets("pets", [(9, 9)] * 2)
     change(folder)
     return folder
 
 
-def tiny(old, new, root, toy):
+def tiny(old, new):
     """Tiny ImageNet with something else in its table."""
-    table = save_tiny(root)
+    table = save_tiny(Path())
     table.write_text(table.read_text().replace(old, new))
     return "tiny_imagenet"
 
 
-def npz(change, root, toy):
+def npz(change):
     """ImageNet64 with other arrays in its second training file."""
-    path = save_imagenet64(root) / "train_data_batch_10.npz"
+    path = save_imagenet64(Path()) / "train_data_batch_10.npz"
     np.savez(path, **dict(np.load(path)) | change)
     return "imagenet64"
 
 
-of = functools.partial
+of, mine = functools.partial, functools.partial(store, path="mine.pt")
 REFUSED = [
-    (of(given, {"a": Payload()}), "mine.pt: .* holds .*open, which is no plain value; nothing was"),
+    (of(mine, {"a": Payload()}), "mine.pt: .* holds .*open, which is no plain value; nothing was"),
     ("nothing.pt", "nothing.pt: no such file"),
     ("cifar11", "'cifar11' is none of cifar10, cifar100, .* nor a folder, nor a .pt file"),
-    (of(given, {"train": None}), "mine.pt: not a packed dataset: expected a dict"),
-    (of(given, {"train": {}}), "mine.pt: classes should be a list"),
+    (of(mine, {"train": None}), "mine.pt: not a packed dataset: expected a dict"),
+    (of(mine, {"train": {}}), "mine.pt: classes should be a list"),
     (of(packed, "train", "images", torch.Tensor.float), "train images should be a uint8"),
     (of(packed, "train", "images", lambda x: x[:, :2]), r"train images .* \[N, 1 or 3, H, W\]"),
     (of(packed, "train", "images", lambda x: x[:0]), "train images .* N > 0"),
@@ -508,7 +491,7 @@ REFUSED = [
     (of(tiny, "n02", "n99"), "val_annotations.txt: not a readable table .*n99"),
     (of(tiny, "val_10.png", "val_77.png"), "annotations.txt: .* differ in 2 files.*val_10.png"),
     ("imagenet64", "put its train_data_batch_1.npz, .* and val_data.npz in .*/imagenet64$"),
-    (lambda root, _: (root / "imagenet64").mkdir() or "imagenet64", "no train_data_batch_1.npz"),
+    (lambda: Path("imagenet64").mkdir() or "imagenet64", "no train_data_batch_1.npz"),
     (of(npz, {"data": np.zeros((2, 12288))}), "imagenet64.pt: train images should be a uint8"),
     (of(npz, {"labels": np.array([0, 5])}), "train labels run from -1 to 998, but .* 1000 classes"),
     (of(npz, {"labels": np.array([1, None])}), "batch_10.npz: .*pickle"),  # which could run code
@@ -517,9 +500,9 @@ REFUSED = [
 
 
 @pytest.mark.parametrize("spoiled, message", REFUSED)
-def test_refused(tmp_path, monkeypatch, toy, spoiled, message):
+def test_refused(tmp_path, monkeypatch, spoiled, message):
     monkeypatch.chdir(tmp_path)
-    name = str(spoiled(tmp_path, toy)) if callable(spoiled) else spoiled
+    name = str(spoiled()) if callable(spoiled) else spoiled
     before = tree(tmp_path)
     with pytest.raises(common.InputError) as error:
         common.load_dataset(name, tmp_path)

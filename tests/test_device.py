@@ -10,8 +10,8 @@ import itertools
 
 import pytest
 import torch
+from conftest import SmallEncoder
 from test_losses import MODELS
-from test_training import SmallEncoder
 from test_views import FIRST, MEAN, SECOND, STD, noise_bytes, rng
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten

@@ -11,7 +11,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from test_training import SmallEncoder
+from conftest import SmallEncoder
 from torch import nn
 
 import carl_carp
@@ -166,7 +166,7 @@ def lower_bound_loop(mu, z, rho):
     return total / len(mu)
 
 
-def with_labels(loss):
+def labelled(loss):
     """A loss of (z, y) as one of (z1, z2): classes of two images, and one view of its own class."""
 
     def of_two(z1, z2, **options):
@@ -186,19 +186,18 @@ def in_two_blocks(loss):
 
 VICREG = {"sim_weight": 30.0, "var_weight": 20.0, "cov_weight": 1.5}
 TCL = {"temperature": 0.1, "k1": 5000.0, "k2": 1.2}
-pair, dealt = with_labels, in_two_blocks
 LOSSES = [  # the loss, the loop that it should equal, further arguments of both
     pytest.param(nt_xent_loss, nt_xent_loop, {"temperature": 0.1}, id="nt_xent"),
-    pytest.param(pair(supcon_loss), pair(supcon_loop), {}, id="supcon"),
-    pytest.param(pair(tcl_loss), pair(tcl_loop), TCL, id="tcl"),
-    pytest.param(pair(tcl_loss), pair(tcl_loop), {}, id="tcl by default"),
-    pytest.param(pair(tcl_loss), pair(tcl_loop), TCL | {"k1": 0.0}, id="tcl without k1"),
-    pytest.param(pair(tcl_loss), pair(tcl_loop), TCL | {"k2": 0.0}, id="tcl without k2"),
+    pytest.param(labelled(supcon_loss), labelled(supcon_loop), {}, id="supcon"),
+    pytest.param(labelled(tcl_loss), labelled(tcl_loop), TCL, id="tcl"),
+    pytest.param(labelled(tcl_loss), labelled(tcl_loop), {}, id="tcl by default"),
+    pytest.param(labelled(tcl_loss), labelled(tcl_loop), TCL | {"k1": 0.0}, id="tcl without k1"),
+    pytest.param(labelled(tcl_loss), labelled(tcl_loop), TCL | {"k2": 0.0}, id="tcl without k2"),
     pytest.param(lambda a, b: byol_loss(a, b) + byol_loss(b, a), byol_loop, {}, id="byol"),
     pytest.param(barlow_twins_loss, barlow_twins_loop, {"off_diag_weight": 0.5}, id="barlow"),
     pytest.param(vicreg_loss, vicreg_loop, VICREG, id="vicreg"),
     pytest.param(carl_loss, carl_loop, {"kl_weight": 4.0}, id="carl"),
-    pytest.param(dealt(carp_loss), dealt(carp_loop), {"kl_weight": 2.0}, id="carp"),
+    pytest.param(in_two_blocks(carp_loss), in_two_blocks(carp_loop), {"kl_weight": 2.0}, id="carp"),
     pytest.param(
         lambda a, b: CorInfoMaxLoss(a.shape[1])(a, b), corinfomax_loop, {}, id="corinfomax"
     ),
@@ -409,12 +408,8 @@ def projections(model, views):
     return through(nn.Sequential(model.backbone, head), views, model.concat_views)
 
 
-def pairs_of(stacks):
-    return itertools.combinations(stacks, 2)
-
-
 def mean_over_pairs(loss, stacks):
-    return sum(loss(a, b) for a, b in pairs_of(stacks)) / math.comb(len(stacks), 2)
+    return sum(loss(a, b) for a, b in itertools.combinations(stacks, 2)) / math.comb(len(stacks), 2)
 
 
 @pytest.mark.parametrize("flipped", [False, True])
@@ -534,9 +529,9 @@ COME_TO = {
     "carp": lambda t: t["loss_consistency"] + t["kl_weight"] * t["kl"],
 }
 PARTS = {
-    "loss_on_diagonal": (barlow_twins_loss, 0.0),
-    "loss_inv": (vicreg_loss, 1.0, 0.0, 0.0),
-    "loss_var": (vicreg_loss, 0.0, 1.0, 0.0),
+    "loss_on_diagonal": lambda a, b: barlow_twins_loss(a, b, 0.0),
+    "loss_inv": lambda a, b: vicreg_loss(a, b, 1.0, 0.0, 0.0),
+    "loss_var": lambda a, b: vicreg_loss(a, b, 0.0, 1.0, 0.0),
 }
 
 
@@ -547,9 +542,8 @@ def test_terms_come_to_the_loss(name):
     getattr(model, "after_step", float)(1.0)  # what was logged does not change afterwards
     assert float(COME_TO[name](terms)) == pytest.approx(loss.item())
     for part in PARTS.keys() & terms.keys():
-        function, *weights = PARTS[part]
-        values = [function(*pair, *weights).item() for pair in pairs_of(projections(model, views))]
-        assert terms[part].item() == pytest.approx(sum(values) / 3)
+        expected = mean_over_pairs(PARTS[part], projections(model, views))
+        assert terms[part].item() == pytest.approx(expected.item())
 
 
 def test_corinfomax_terms():

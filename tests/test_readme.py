@@ -1,6 +1,5 @@
 """Front page, journal and docstrings against the code and each other."""
 
-import argparse
 import ast
 import dataclasses
 import functools
@@ -10,18 +9,15 @@ import json
 import math
 import re
 import shlex
-import sys
-from pathlib import Path
-from unittest import mock
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ROOT, flags_of
 from test_copyable import global_names
 
 import common
 
-ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "tests/results/README.md"]
 FRONT, JOURNAL = (path.read_text() for path in PAGES)
 SECTIONS = dict(part.split("\n", 1) for part in JOURNAL.split("\n## ")[1:])
@@ -29,23 +25,6 @@ SCRIPTS = sorted([*ROOT.glob("*.py"), *ROOT.glob("tests/[!t]*.py")])
 SCRIPTS = [path for path in SCRIPTS if '\nif __name__ == "__main__":\n' in path.read_text()]
 every_page = pytest.mark.parametrize("path", PAGES, ids=["front page", "journal"])
 every_script = pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
-
-
-@functools.cache
-def parser_of(path):
-    """The parser that a script builds, caught when the script would use it."""
-
-    def capture(parser, *args, **kwargs):
-        raise SystemExit(parser)  # carries it out of main
-
-    with (
-        mock.patch.object(sys, "argv", [path.name]),
-        mock.patch.object(common, "parse_args", capture),
-        mock.patch.object(argparse.ArgumentParser, "parse_args", capture),
-        pytest.raises(SystemExit) as caught,
-    ):
-        importlib.import_module(path.stem).main()
-    return caught.value.code
 
 
 def code_in(markdown):
@@ -70,7 +49,7 @@ def check_commands(texts):
     for script, flags in commands:
         assert ROOT / script in SCRIPTS, f"{script} is no script of this repository"
         try:
-            parser_of(ROOT / script).parse_args(flags)
+            flags_of(ROOT / script)[0].parse_args(flags)
         except (common.InputError, SystemExit) as error:  # --help exits with 0
             assert str(error) == "0", f"{script} does not take {shlex.join(flags)}: {error}"
     return [script for script, _ in commands]
@@ -121,7 +100,7 @@ def test_docstring_and_flags(path):
     common.py, or by the method that the benchmark runs."""
     docstring = ast.get_docstring(ast.parse(path.read_text()))
     assert str(path.relative_to(ROOT)) in check_commands([docstring])
-    flags = {flag.dest: flag.help for flag in parser_of(path)._actions}
+    flags = {flag.dest: flag.help for flag in flags_of(path)[0]._actions}
     files = path, ROOT / "common.py", *[ROOT / "simclr.py"] * (path.name == "benchmark.py")
     code = " ".join(file.read_text() for file in files)
     read = {"help", *re.findall(r"\b(?:args|a)\.(\w+)\b(?! = )", code)}
@@ -132,7 +111,7 @@ def test_docstring_and_flags(path):
 @every_script
 def test_presets_set_what_the_flags_take(path):
     """The parser checks what is typed, not its defaults, among which the presets are."""
-    parser, words = parser_of(path), {"default", *common.DATASETS}
+    parser, words = flags_of(path)[0], {"default", *common.DATASETS}
     for action in parser._actions:  # variants: values of flags with choices, names of switches
         words |= set(action.choices or ()) | ({action.dest} if action.const is True else set())
     needed = [x for a in parser._actions if a.required for x in (a.option_strings[0], "x")]
@@ -166,9 +145,8 @@ def test_figures_of_shapes_are_those_of_the_logs():
     for _, _, figure, _, epochs, time, command, commit in rows:
         folder, measured = runs[command.strip("`")]
         last = json.loads((folder / "log.jsonl").read_text().splitlines()[-1])
-        assert (
-            figure == f"{last['knn_top1']:.1%}".replace("%", " %") and int(epochs) == last["epoch"]
-        )
+        assert figure == f"{last['knn_top1']:.1%}".replace("%", " %")
+        assert int(epochs) == last["epoch"]
         assert time == f"{float(seconds[folder.name]):.0f}" and commit == measured
         script = ROOT / command.strip("`").split()[1]
         result = re.search(r"^Result:.*?\n\n", script.read_text(), re.M | re.S)[0]

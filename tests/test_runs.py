@@ -1,5 +1,5 @@
-"""What becomes of a run: moved, locked, begun from an encoder, on a machine that fails or lacks
-something. What a run computes, and that it goes on, is for test_training.py."""
+"""What becomes of a run: begun from an encoder, locked, with a damaged image, on a machine that
+fails or lacks something. What a run computes, and that it goes on: test_training.py."""
 
 import os
 import signal
@@ -9,43 +9,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_training import (  # noqa: F401
-    CPU,
-    ROOT,
-    THREE_EPOCHS,
-    arriving,
-    assert_same_run,
-    at_call,
-    built,
-    call,
-    equal,
-    fail,
-    folder,
-    load,
-    signals,
-    small,
-    succeed,
-    whole,
-)
+from benchmark import built
+from conftest import CPU, ROOT, fail, finish, load, start, succeed
+from test_data import save_pets
+from test_training import NARROW, THREE_EPOCHS, TINY, at_call, equal
 
 import common
 
 
-def test_the_folder_is_enough_to_go_on(small, whole):  # noqa: F811
-    with arriving(at=6):
-        call("simclr", *THREE_EPOCHS, "--out", "first")
-    Path("first").rename("run")
-    Path("toy.pt").rename("moved.pt")
-    argv = ["--resume", "--dataset", "moved.pt", "--device", "cpu"]
-    assert "resumed from step 6 (epoch 1)" in succeed("simclr", *argv, "--out", "run")
-    assert_same_run("run", whole("simclr"))
-    assert "a run to begin needs --dataset" in fail("simclr", "--resume", "--out", "first")
-
-
 @pytest.mark.parametrize("method", ["simclr", "byol"])
-def test_a_run_starts_from_an_encoder(method, folder, tiny_run):  # noqa: F811
+def test_a_run_starts_from_an_encoder(method, folder, tiny_run):
     """So does BYOL's target; an encoder of another stem is refused."""
-    file = tiny_run.out / "encoder.pt"
+    file = tiny_run / "encoder.pt"
     argv = ["--dataset", "toy.pt", *CPU, "--batch-size", "16", "--init", file]
     _, model, _, _, args = built(method, *argv, "--stem", "imagenet")
     common.load_initial(common.set_up(model, args), args)
@@ -54,28 +29,35 @@ def test_a_run_starts_from_an_encoder(method, folder, tiny_run):  # noqa: F811
     assert "encoder.pt: not an encoder.pt of a resnet18 with" in fail(method, *argv)
 
 
-LOCK = "import fcntl; file = open('run/.lock', 'a'); "
-LOCK += "fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB); print(flush=True); input()"
+LOCK = "import fcntl, time; file = open('run/.lock', 'a'); "
+LOCK += "fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB); print(flush=True); time.sleep(60)"
 
 
-def test_one_folder_is_for_one_run(small):  # noqa: F811
-    argv, other, status = [*THREE_EPOCHS, "--out", "run"], [sys.executable, "-c", LOCK], []
-    locking = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-
-    def try_it():
-        status.append(subprocess.run(other, capture_output=True).returncode)
-
-    with at_call("projections", 2, try_it):
+def test_one_folder_is_for_one_run(small):
+    argv, status = [*THREE_EPOCHS, "--out", "run"], []
+    with at_call("projections", 2, lambda: status.append(finish(start("-c", LOCK))[0])):
         succeed("simclr", *argv)
     assert status == [1]
-    with subprocess.Popen(other, **locking) as process:
-        process.stdout.readline()
-        assert "run: another process trains in it" in fail("simclr", *argv, "--resume")
-        process.kill()
+    process = start("-c", LOCK)
+    process.stdout.readline()
+    assert "run: another process trains in it" in fail("simclr", *argv, "--resume")
+    process.kill()
+    finish(process)
     succeed("simclr", *argv, "--resume")
 
 
-def test_srun_without_torchrun_is_refused(small, monkeypatch):  # noqa: F811
+def test_a_corrupt_image_ends_a_run_from_the_shell(folder):
+    """From another folder, without --out. A worker finds it, whose traceback is left out."""
+    save_pets("pets", [(16, 16), (20, 20)] * 2, ["train"])
+    os.truncate("pets/train/dog/3.png", 100)
+    argv = ["--dataset", "pets", *TINY, *NARROW, "--image-size", "32", "--batch-size", "4"]
+    status, _, err = finish(start(ROOT / "simclr.py", *argv, "--workers", "1", path=[]))
+    assert status == 2 and err.count("\n") == 1, err
+    assert err.startswith("simclr.py: error: pets") and "3.png" in err
+    assert not list(Path("runs/simclr_pets_resnet18").glob("*.pt"))
+
+
+def test_srun_without_torchrun_is_refused(small, monkeypatch):
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
     monkeypatch.setenv("SLURM_PROCID", "1")
     assert "torchrun --nproc-per-node=N" in fail("simclr", *THREE_EPOCHS, "--out", "run")
@@ -109,20 +91,21 @@ def test_a_fault_of_our_own_is_not_hidden():
         common.known_failure(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
 
 
-def test_a_closed_pipe_ends_quietly(folder):  # noqa: F811
+def test_a_closed_pipe_ends_quietly(folder):
     words = " ".join([sys.executable, "-u", f"{ROOT}/simclr.py", *THREE_EPOCHS])
     piped = f"set -o pipefail; {words} | head -n 1"
     done = subprocess.run(["bash", "-c", piped], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (141, "")
 
 
-def test_nothing_is_called_that_windows_lacks(small, monkeypatch):  # noqa: F811
+def test_nothing_is_called_that_windows_lacks(small, monkeypatch):
     for name in "SIGHUP", "SIGUSR1":
         monkeypatch.delattr(signal, name)
     monkeypatch.delattr(os, "setpgid")
     monkeypatch.delattr(os, "sched_getaffinity")
     monkeypatch.setitem(sys.modules, "fcntl", None)
     assert "kNN top-1" in succeed("simclr", *THREE_EPOCHS)
+    monkeypatch.setattr(signal, "signal", lambda *given: None)  # the tests keep theirs
     common.leave_signals_to_the_parent(0)
 
 
@@ -149,11 +132,3 @@ def test_older_pythons_are_told():
     code = "import sys, torchvision; sys.version_info = (3, 9); import common"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stderr.startswith("Python 3.10 or newer is needed") and done.returncode == 1
-
-
-def test_help_is_in_groups_and_fits_two_screens(monkeypatch):
-    monkeypatch.setenv("COLUMNS", "80")
-    lines = succeed("simclr", "--help").splitlines()
-    groups = [line for line in lines if line and line[0] != " "][2:]
-    assert groups[0] == "most used:" and groups[-1] == "method:"
-    assert len(lines) <= 2 * 50

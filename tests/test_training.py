@@ -6,7 +6,6 @@ import contextlib
 import errno
 import functools
 import importlib
-import io
 import itertools
 import json
 import math
@@ -14,19 +13,14 @@ import os
 import shlex
 import shutil
 import signal
-import subprocess
-import sys
-import time
-from collections import OrderedDict
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
 import pytest
 import torch
-import torchvision
 from benchmark import built
-from conftest import noise
+from conftest import CPU, SIGNALS, SmallEncoder, call, fail, load, noise, store, succeed
 from PIL import Image
 from test_common import tree
 from test_data import Payload, save_pets
@@ -49,83 +43,8 @@ METHODS = {  # what is typed, and the name of the run
     "corinfomax": "corinfomax",
 }
 every_method = pytest.mark.parametrize("method", METHODS, ids=METHODS.values())
-ROOT = Path(__file__).resolve().parent.parent
-CPU = "--device cpu --workers 0 --precision fp32".split()
 TINY = [*CPU, *"--batch-size 16 --stem imagenet --lr 0.1 --knn-every 0 --epochs 1".split()]
-SIGNALS = signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1
 NARROW = "--hidden-dim 16 --dim 8".split()
-
-
-class SmallEncoder(nn.Sequential):
-    """Stands in for a ResNet where a test is about the run: a hundred times as fast."""
-
-    num_features = 16
-
-    def __init__(self, arch="resnet18", stem="small"):
-        layers = {"conv1": nn.Conv2d(3, 8, 3, 2, 1, bias=False), "bn1": nn.BatchNorm2d(8)}
-        layers |= {"relu": nn.ReLU(), "layer2": nn.Conv2d(8, 16, 3, 2, 1)}
-        layers |= {"layer3": nn.BatchNorm2d(16), "pool": nn.AdaptiveAvgPool2d(1)}
-        super().__init__(OrderedDict(layers | {"flatten": nn.Flatten()}))
-
-
-def call(script, *argv):
-    """Run a script, perhaps with flags, or a main, here: (exit status, stdout, stderr)."""
-    out, err, name, given, main = io.StringIO(), io.StringIO(), "new_method", [], script
-    if isinstance(script, str):
-        name, *given = script.split()
-        main = importlib.import_module(name).main
-    with (
-        contextlib.redirect_stdout(out),
-        contextlib.redirect_stderr(err),
-        mock.patch.object(sys, "argv", [f"{name}.py", *map(str, argv), *given]),
-    ):
-        try:
-            status = common.run(main) or 0
-        except SystemExit as stop:
-            status = stop.code
-    return status, out.getvalue(), err.getvalue()
-
-
-def succeed(script, *argv):
-    """Run a script that should not fail, and return what it printed."""
-    status, out, err = call(script, *argv)
-    assert (status, err) == (0, ""), err
-    return out
-
-
-def fail(script, *argv):
-    """Run a script that should refuse what it gets, and return the line that says why."""
-    status, _, err = call(script, *argv)
-    assert status == 2 and err.endswith("\n") and err.count("\n") == 1, (status, err)
-    assert ".py: error: " in err and "Traceback" not in err
-    return err
-
-
-def start(*words, cwd=None, path=(ROOT, ROOT / "tests")):
-    """A Python process of its own, which finds the modules in `path`."""
-    environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, path))}
-    how = {"cwd": cwd, "env": os.environ | environment, "text": True}
-    how |= {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen([sys.executable, *map(str, words)], **how)
-
-
-def finish(process):
-    out, err = process.communicate(timeout=300)
-    return process.returncode, out, err
-
-
-def toy(n=68, size=16):
-    """A short fifth batch of 16 is left out."""
-    return noise(n, size)
-
-
-def store(value, path):
-    torch.save(value, path)
-    return path
-
-
-def load(path):
-    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def read_log(out):
@@ -134,12 +53,6 @@ def read_log(out):
 
 def without_speed(log):
     return [{k: v for k, v in entry.items() if k != "images_per_second"} for entry in log]
-
-
-def wait_for(path):
-    deadline = time.monotonic() + 240
-    while not Path(path).exists() and time.monotonic() < deadline:
-        time.sleep(0.01)
 
 
 def equal(a, b):
@@ -169,31 +82,6 @@ def assert_same_run(out, whole):
     assert files[0] ^ files[1] <= {"checkpoint.previous.pt", "encoder_00002.pt"}
 
 
-@pytest.fixture(autouse=True)
-def signals():
-    """A script that a signal has stopped leaves its handlers, for the process ends."""
-    before = {number: signal.getsignal(number) for number in SIGNALS}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    """A working folder with toy.pt, removed afterwards: checkpoints are large."""
-    monkeypatch.chdir(tmp_path)
-    store(toy(), "toy.pt")
-    yield tmp_path
-    shutil.rmtree(tmp_path)
-
-
-@pytest.fixture
-def small(folder, monkeypatch):
-    """The same, and scripts that get SmallEncoder where they ask for a ResNet."""
-    monkeypatch.setattr(common, "resnet", SmallEncoder)
-    return folder
-
-
 THREE_EPOCHS = ["--dataset", "toy.pt", *TINY, *NARROW, "--epochs", "3", "--knn-every", "2"]
 
 
@@ -207,7 +95,7 @@ def whole(tmp_path_factory):
     def make(script):
         where = base / script
         where.mkdir()
-        store(toy(), where / "toy.pt")
+        store(noise(68), where / "toy.pt")
         with pytest.MonkeyPatch.context() as patch:
             patch.chdir(where)
             patch.setattr(common, "resnet", SmallEncoder)
@@ -226,7 +114,7 @@ def whole(tmp_path_factory):
 def finished(request, tmp_path_factory):
     """A run of two steps and one epoch; its folder has a long name, which the console shortens."""
     base = tmp_path_factory.mktemp("finished")
-    data, out = store(toy(34, 32), base / "toy.pt"), base / ("a_long_name_" * 8) / "run"
+    data, out = store(noise(34, 32), base / "toy.pt"), base / ("a_long_name_" * 8) / "run"
     argv = ["--dataset", data, *TINY, "--hidden-dim", "64", "--dim", "32", "--knn-every", "1"]
     stdout = succeed(request.param, *argv, "--out", out)
     name = METHODS[request.param]
@@ -273,9 +161,6 @@ def test_encoder_file(finished):
     about = {key: value for key, value in saved.items() if key != "state_dict"}
     assert json.loads(json.dumps(about)) == about  # plain values: no tuple, no Path
     assert {type(value) for value in saved["state_dict"].values()} == {torch.Tensor}
-    network = torchvision.models.resnet18()
-    del network.fc
-    network.load_state_dict(saved["state_dict"])  # strict: every key and no other
     model = load(finished.out / "checkpoint.pt")["model"]
     prefix = "backbone."
     backbone = {k.removeprefix(prefix): v for k, v in model.items() if k.startswith(prefix)}
@@ -294,17 +179,6 @@ def test_what_is_printed(finished):
     if finished.name == "simclr":  # and it runs
         printed = succeed("linear_eval", *argv, *CPU, "--epochs", "1")
         assert 0 <= json.loads(printed.splitlines()[-1])["top1"] <= 1
-
-
-def test_a_corrupt_image_ends_a_run_from_the_shell(folder):
-    """From another folder, without --out. A worker finds it, whose traceback is left out."""
-    save_pets("pets", [(16, 16), (20, 20)] * 2, ["train"])
-    os.truncate("pets/train/dog/3.png", 100)
-    argv = ["--dataset", "pets", *TINY, *NARROW, "--image-size", "32", "--batch-size", "4"]
-    status, _, err = finish(start(ROOT / "simclr.py", *argv, "--workers", "1", path=[]))
-    assert status == 2 and err.count("\n") == 1, err
-    assert err.startswith("simclr.py: error: pets") and "3.png" in err
-    assert not list(Path("runs/simclr_pets_resnet18").glob("*.pt"))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -329,33 +203,27 @@ class Noting(nn.Module):
         self.moved = not torch.equal(self.backbone.conv1.weight, self.seen[-1][2])
 
 
-def script_of(make, made=None):
-    """A main, as a method file has it; the model is added to `made`."""
+def script_of(make):
+    """A main, as a method file has it."""
 
     def main():
         preset = {"optimizer": "sgd", "lr": 0.1, "batch_size": 16, "weight_decay": 0.0}
         args = common.parse_args(common.base_parser("A method."), {"default": preset})
         data, model = common.prepare(args, "minimal"), make(common.resnet(args.arch, args.stem))
-        (made if made is not None else []).append(model)
         common.train("minimal", model, data, common.symmetric(args.views), args)
 
     return main
 
 
-def with_unlabeled(n):
-    """toy(n), and 32 images without labels."""
-    return toy(n) | {"unlabeled": {"images": noise(32)["train"]["images"]}}
-
-
+UNLABELED = {"unlabeled": {"images": noise(32)["train"]["images"]}}
 SHORT = ["--dataset", "toy.pt", *TINY, "--epochs", "2", "--out", "run"]
 
 
 def test_the_contract_of_a_method(small):
     """Views and labels come in; terms, floats and tensors alike, are logged as their means."""
-    made = []
-    store(with_unlabeled(32), "toy.pt")
-    succeed(script_of(Noting, made), *SHORT, "--views", "3")
-    (model,) = made
+    model = Noting(SmallEncoder())
+    store(noise(32) | UNLABELED, "toy.pt")
+    succeed(script_of(lambda backbone: model), *SHORT, "--views", "3")
     assert len(model.seen) == 8 and model.moved
     for views, labels, _ in model.seen:
         assert [x.shape for x in views] == [(16, 3, 16, 16)] * 3
@@ -428,7 +296,7 @@ def test_images_of_several_sizes(small):
 
 
 def test_supervised_training_leaves_unlabeled_images_out(small):
-    store(with_unlabeled(16), "toy.pt")
+    store(noise(16) | UNLABELED, "toy.pt")
     for script, steps in ("supcon_tcl", 1), ("simclr", 3):  # of 16 images: one step
         succeed(script, *THREE_EPOCHS, "--epochs", "1", "--out", script)
         assert read_log(script)[-1]["step"] == steps
@@ -438,12 +306,11 @@ def test_supervised_training_leaves_unlabeled_images_out(small):
 
 def test_cross_entropy_reports_its_own_head(small):
     """The share of test images that encoder and head classify rightly, in eval mode."""
-    data = store(toy(), "toy.pt")
     printed = succeed("supcon_tcl --loss cross_entropy", *THREE_EPOCHS, "--out", "run")
     weights, encoder = load("run/checkpoint.pt")["model"], common.resnet().eval()
     encoder.load_state_dict(load("run/encoder.pt")["state_dict"])
-    images, labels = load(data)["test"].values()
-    loaded = common.load_dataset(str(data))
+    images, labels = load("toy.pt")["test"].values()
+    loaded = common.load_dataset("toy.pt")
     views = common.evaluation_view(images, 16, loaded.mean, loaded.std)
     scores = encoder(views) @ weights["head.weight"].T + weights["head.bias"]
     right = (scores.argmax(1) == labels).double().mean()
@@ -521,6 +388,17 @@ def test_a_stopped_run_goes_on_bit_for_bit(script, steps, small, whole, capfd):
     assert_same_run("run", whole(script))
 
 
+def test_the_folder_is_enough_to_go_on(small, whole):
+    with arriving(at=6):
+        call("simclr", *THREE_EPOCHS, "--out", "first")
+    Path("first").rename("run")
+    Path("toy.pt").rename("moved.pt")
+    argv = ["--resume", "--dataset", "moved.pt", "--device", "cpu"]
+    assert "resumed from step 6 (epoch 1)" in succeed("simclr", *argv, "--out", "run")
+    assert_same_run("run", whole("simclr"))
+    assert "a run to begin needs --dataset" in fail("simclr", "--resume", "--out", "first")
+
+
 @pytest.mark.parametrize("epoch", [2, 3])
 def test_a_signal_while_an_epoch_is_summed_up(epoch, small, whole):
     """Ends the run after that epoch; after the last epoch there is nothing left to stop."""
@@ -588,7 +466,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(damage, small, whole):
 
 def test_every_failing_write_leaves_a_whole_checkpoint(small, whole):
     """The n-th flush to disk of a run fails, for every n: what follows goes on from some
-    checkpoint, or from the start. (Renames: slow/test_killed.py.)"""
+    checkpoint, or from the start."""
     argv = [*THREE_EPOCHS, "--out", "run"]
     full = OSError(errno.ENOSPC, "No space left on device")
     for n in itertools.count(1):
@@ -604,6 +482,31 @@ def test_every_failing_write_leaves_a_whole_checkpoint(small, whole):
         assert_same_run("run", whole("simclr"))
         shutil.rmtree("run")
     assert n > 8  # config, views, three epochs' logs, two saves of two files
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["simclr", "byol", "corinfomax"])
+def test_killed_at_every_rename(script, small):
+    """With the target network, or the running covariance, that a method carries along. SIGKILL
+    leaves no time to clean up: it leaves the folder as it is then, with temporary files, and a
+    rename that has happened or has not. A run that is resumed ends as one that was left alone."""
+    argv = ["--dataset", "toy.pt", *TINY, *NARROW, "--save-every", "1", "--epochs", "2", "--out"]
+    killed, replace = [], os.replace
+
+    def noted(*names):
+        killed.append(shutil.copytree("whole", f"killed{len(killed)}"))
+        return replace(*names)
+
+    with mock.patch.object(os, "replace", noted):
+        succeed(script, *argv, "whole")
+    # config, views; after each epoch checkpoint, encoder, milestone, log; once the one before
+    assert len(killed) == 2 + 2 * 4 + 1
+    left = {path.name for path in Path().glob("killed*/*.tmp")}
+    names = "config.json", "views.png", "checkpoint.pt", "encoder.pt", "log.jsonl"
+    assert left >= {f"{name}.tmp" for name in names}
+    for out in killed:
+        assert call(script, *argv, out, "--resume")[0] == 0
+        assert_same_run(out, "whole")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -658,12 +561,11 @@ STRANGE = {  # folders with another checkpoint
 @pytest.mark.parametrize("typed, said", REFUSED, ids=[typed for typed, _ in REFUSED])
 def test_refused(typed, said, small, whole):
     Path("file").touch()
-    store(toy() | {"classes": Payload()}, "code.pt")
+    store(noise(68) | {"classes": Payload()}, "code.pt")
     shutil.copytree(whole("simclr"), "run")
-    for name in "foreign", *STRANGE:
+    for name in "foreign", "begun", *STRANGE:
         Path(name).mkdir()
     Path("foreign/notes.txt").write_text("of somebody")
-    Path("begun").mkdir()
     shutil.copy("run/config.json", "begun")  # killed before anything was saved
     for name, change in STRANGE.items():
         store(change(load("run/checkpoint.pt")), f"{name}/checkpoint.pt")

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torchvision
 import torchvision.transforms.functional as TF
-from test_common import close, noise_bytes, rng
+from test_common import MEAN, STD, close, noise_bytes, rng
 
 import carl_carp
 import common
@@ -36,19 +36,15 @@ def image_by_image(operation, x, *parameters):
 FILTERS = {name: TF.InterpolationMode(name) for name in ("bilinear", "bicubic")}
 
 
-def random_boxes(n, height, width):
-    """Any box inside the image, the whole image and a single pixel included."""
-    h, w = (torch.randint(1, side + 1, (n,), generator=rng()) for side in (height, width))
-    h[0], w[0], h[1], w[1] = height, width, 1, 1
-    top = (uniform(0, 1, n, seed=1) * (height - h + 1)).long()
-    left = (uniform(0, 1, n, seed=2) * (width - w + 1)).long()
-    return top, left, h, w
-
-
 @pytest.mark.parametrize("interpolation", FILTERS)
 @pytest.mark.parametrize("shape, size", [((96, 96), (32, 32)), ((50, 30), (24, 40))])
 def test_resized_crop(shape, size, interpolation):
-    x, boxes, flip = noise(24, *shape), random_boxes(24, *shape), uniform(0, 1, 24) < 0.5
+    """Any box inside the image, the whole image and a single pixel included."""
+    h, w = (torch.randint(1, side + 1, (24,), generator=rng()) for side in shape)
+    h[0], w[0], h[1], w[1] = *shape, 1, 1
+    top = (uniform(0, 1, 24, seed=1) * (shape[0] - h + 1)).long()
+    left = (uniform(0, 1, 24, seed=2) * (shape[1] - w + 1)).long()
+    x, boxes, flip = noise(24, *shape), (top, left, h, w), uniform(0, 1, 24) < 0.5
 
     def crop(image, *box):
         box = [int(value) for value in box]
@@ -152,7 +148,6 @@ def test_box_where_no_try_fits(height, width, area):
 
 FIRST = Recipe(scale=(0.2, 1.0), jitter=(0.4, 0.3, 0.2, 0.1), jitter_p=0.8, gray_p=0.2, blur_p=0.6)
 SECOND = Recipe(scale=(0.1, 0.5), jitter=(1.2, 0, 0, 0.5), jitter_p=1, gray_p=0.5, solarize_p=0.4)
-MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.25)
 
 
 def test_draws_follow_the_recipes():
@@ -182,19 +177,17 @@ def test_draws_follow_the_recipes():
         assert recipe.scale[0] * 0.9 < area.min() and area.max() < recipe.scale[1] * 1.1
 
 
-def numbers(d, n, side):
-    """What was drawn for the images of two views as rows of [2 * ..., n], not correlated."""
-    rows = [d[key] for key in ("flip", "gray", "sigma", *common.FACTORS, "hue")]
-    rows += [d["hue"] != 0, d["order"][:, 0], d["height"] * d["width"], d["width"] / d["height"]]
-    for start, extent in ("top", "height"), ("left", "width"):
-        rows.append((d[start] + 0.5) / (side - d[extent] + 1))
-    return torch.stack([row.double() for row in rows]).view(-1, n)
-
-
 def test_no_draw_tells_another():
     """Of the image, its other view, the next image or the next step: none serves twice."""
-    n, augment = 8000, common.Augment([FIRST, FIRST], 32, MEAN, STD)
-    now, later = (numbers(augment.draw(n, 64, 64, rng(seed)), n, 64) for seed in (0, 1))
+    n, augment, rows = 8000, common.Augment([FIRST, FIRST], 32, MEAN, STD), []
+    for step in 0, 1:
+        d = augment.draw(n, 64, 64, rng(step))
+        rows += [d[key] for key in ("flip", "gray", "sigma", *common.FACTORS, "hue")]
+        rows += [d["hue"] != 0, d["order"][:, 0]]
+        rows += [d["height"] * d["width"], d["width"] / d["height"]]
+        for start, extent in ("top", "height"), ("left", "width"):
+            rows.append((d[start] + 0.5) / (64 - d[extent] + 1))  # not correlated with the extent
+    now, later = torch.stack([row.double() for row in rows]).view(2, -1, n)
     rows = torch.cat([now, later, now.roll(1, 1)])
     correlation = torch.corrcoef(rows) - torch.eye(len(rows))
     assert correlation.abs().max() < 0.06  # of 3003 pairs; the deviation of one is .011

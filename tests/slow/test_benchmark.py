@@ -6,15 +6,16 @@ from pathlib import Path
 import benchmark
 import pytest
 import torch
-from test_training import CPU, TINY, fail, folder, small, store, succeed, toy  # noqa: F401
+from conftest import CPU, fail, noise, store, succeed
+from test_training import TINY
 
 import common
 
 pytestmark = pytest.mark.slow
 
 
-def test_every_arm_is_measured(small):  # noqa: F811
-    store(toy(64), "toy.pt")
+def test_every_arm_is_measured(small):
+    store(noise(64), "toy.pt")
     argv = [*TINY, "--dataset", "toy.pt", "--blocks", "2", "--steps", "1", "--json", "out.json"]
     table = succeed("benchmark", *argv, "--groups", "data,ladder,methods")
     found = json.loads(Path("out.json").read_text())
@@ -35,10 +36,10 @@ def test_every_arm_is_measured(small):  # noqa: F811
     assert "two views" in fail("benchmark", *argv, "--views", "3")
 
 
-def test_it_compares_what_it_says(folder):  # noqa: F811
+def test_it_compares_what_it_says(folder):
     """Each thing that the ladder takes away is gone, and the rest is there; the rivals' views have
     our statistics."""
-    store(toy(512, 24), "toy.pt")
+    store(noise(512, 24), "toy.pt")
     argv = ["--dataset", "toy.pt", *CPU[:-2], "--precision", "bf16", "--stem", "imagenet"]
     argv += ["--blur", "0.5", "--optimizer", "adam", "--batch-size", "256"]
     model, data, recipes, args = benchmark.build("simclr", argv)

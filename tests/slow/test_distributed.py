@@ -14,25 +14,10 @@ from unittest import mock
 
 import pytest
 import torch
+from benchmark import built
+from conftest import ROOT, SmallEncoder, finish, load, noise, start, store, succeed, wait_for
 from test_data import save_pets
-from test_training import (
-    METHODS,
-    NARROW,
-    ROOT,
-    TINY,
-    SmallEncoder,
-    built,
-    equal,
-    finish,
-    folder,  # noqa: F401
-    load,
-    read_log,
-    start,
-    store,
-    succeed,
-    toy,
-    wait_for,
-)
+from test_training import METHODS, NARROW, TINY, equal, read_log
 from torch import nn
 from torch.utils._pytree import tree_flatten
 
@@ -74,7 +59,7 @@ def torchrun(*argv):
 def computed(tmp_path_factory):
     """A folder with the runs of all cases by two processes."""
     where = tmp_path_factory.mktemp("float64")
-    store(toy(48, 32), where / "toy.pt")
+    store(noise(48, 32), where / "toy.pt")
     status, _, err = finish(torchrun(__file__, where))
     assert status == 0, err
     yield where
@@ -98,10 +83,10 @@ def test_two_processes_compute_what_one_does(case, computed):
             assert (x - y).abs().max() <= 1e-12 * largest
 
 
-def test_stopped_and_resumed(folder):  # noqa: F811
+def test_stopped_and_resumed(folder):
     """Two processes, one folder, one voice; SIGTERM to torchrun ends both after the same step, and
     --resume ends bit for bit where a run that was not stopped does."""
-    store(toy(160), "toy.pt")
+    store(noise(160), "toy.pt")
     argv = [ROOT / "byol.py", "--dataset", "toy.pt", *TINY, *NARROW, "--epochs", "3"]
     argv += ["--knn-every", "1"]
     status, out, err = finish(torchrun(*argv, "--out", "whole"))
@@ -147,9 +132,9 @@ EVALUATE += ["--protocol", "finetune", "--encoder-lr", "1e-6", "--lr", "0.01"]
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("method", ["simclr", "byol", "corinfomax"])
-def test_two_gpus(method, precision, folder):  # noqa: F811
+def test_two_gpus(method, precision, folder):
     """NCCL and torch's SyncBatchNorm, which nothing else here runs."""
-    store(toy(64, 32), "toy.pt")
+    store(noise(64, 32), "toy.pt")
     argv = ["--dataset", "toy.pt", *TINY, "--knn-every", "1", "--lr", "1e-6", "--device", "cuda"]
     argv += ["--precision", precision]
     status, _, err = finish(torchrun(ROOT / f"{method}.py", *argv, "--out", "two"))
@@ -159,7 +144,7 @@ def test_two_gpus(method, precision, folder):  # noqa: F811
     assert one["loss"] == pytest.approx(two["loss"], rel=1e-3 if precision == "fp32" else 0.05)
 
 
-def test_images_from_disk(folder):  # noqa: F811
+def test_images_from_disk(folder):
     """Each process decodes its part, of seven test images four and three."""
     save_pets("pets", [(32, 32), (40, 40)] * 2)
     Path("pets/test/cat/0.png").unlink()
@@ -174,9 +159,9 @@ def test_images_from_disk(folder):  # noqa: F811
         assert one[key] == pytest.approx(two[key], rel=1e-3), key
 
 
-def test_a_process_that_dies_ends_the_others(folder):  # noqa: F811
+def test_a_process_that_dies_ends_the_others(folder):
     """With a line that says why, not with a wait for the timeout."""
-    store(toy(320), "toy.pt")
+    store(noise(320), "toy.pt")
     argv = ["--dataset", "toy.pt", *TINY, *NARROW, "--epochs", "1000", "--out", "run"]
     process = torchrun(ROOT / "simclr.py", *argv)
     wait_for("run/encoder.pt")
@@ -190,7 +175,7 @@ def test_a_process_that_dies_ends_the_others(folder):  # noqa: F811
     common.load_whole("run/checkpoint.pt")
 
 
-def test_bad_input_is_said_once(folder):  # noqa: F811
+def test_bad_input_is_said_once(folder):
     argv = ["--dataset", "toy.pt", *TINY, "--batch-size", "15"]
     status, _, err = finish(torchrun(ROOT / "simclr.py", *argv))
     lines = [line for line in err.splitlines() if line.startswith("simclr.py: error: ")]

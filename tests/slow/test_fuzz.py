@@ -10,11 +10,11 @@ from unittest import mock
 
 import pytest
 import torch
+from conftest import CPU, ROOT, call, flags_of, noise, store, succeed
 from PIL import Image
 from test_common import tree
 from test_data import Payload, save_pets
-from test_readme import parser_of
-from test_training import CPU, METHODS, ROOT, TINY, call, store, succeed, toy
+from test_training import METHODS, TINY
 
 import common
 
@@ -38,7 +38,7 @@ def ground(tmp_path_factory):
     folder = tmp_path_factory.mktemp("fuzz")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        store(toy(32), "toy.pt")
+        store(noise(32), "toy.pt")
         Path("kept").mkdir()
         Path("kept/notes.txt").write_text("of somebody")
         save_pets("pets", [(16, 16), (20, 20)] * 2)
@@ -73,7 +73,7 @@ def command_line(rng, case):
     argv = ["--dataset", "toy.pt", *CPU, "--out", "new", *TINY[len(CPU) :]]
     argv = argv if "linear" not in script else ["--dataset", "toy.pt", *CPU]
     for _ in range(rng.randint(1, 2)):
-        flags = parser_of(ROOT / f"{script.split()[0]}.py")._option_string_actions.keys()
+        flags = flags_of(ROOT / f"{script.split()[0]}.py")[0]._option_string_actions.keys()
         flag = rng.choice(sorted(flags - {"-h", "--help"}))
         argv += [flag, rng.choice(ANYTHING)] if rng.random() < 0.9 else [flag]
     return script, argv
@@ -105,7 +105,7 @@ def packed_file(rng, case):
     if case % 2:
         Path("bad.pt").write_bytes(torn(Path("toy.pt").read_bytes(), rng))
     else:
-        store(spoiled(toy(32), rng), "bad.pt")
+        store(spoiled(noise(32), rng), "bad.pt")
     return "simclr", ["--dataset", "bad.pt", *TINY, "--out", "new"]
 
 

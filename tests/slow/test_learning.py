@@ -6,8 +6,9 @@ from unittest import mock
 
 import pytest
 import torch
+from conftest import load, store, succeed
 from test_linear_eval import encoder_dict, evaluate
-from test_training import folder, load, read_log, store, succeed  # noqa: F401
+from test_training import read_log
 
 import common
 
@@ -33,7 +34,7 @@ def drawn():
 
 
 @pytest.mark.parametrize("method", LEARN)
-def test_shapes_are_learned(method, folder):  # noqa: F811
+def test_shapes_are_learned(method, folder):
     """A few epochs of the preset, well above what an untrained encoder gives."""
     printed = succeed(method, *SHAPES, LEARN[method])
     untrained = load("run/checkpoint.pt")["baselines"]["untrained encoder"]
@@ -45,14 +46,14 @@ def test_shapes_are_learned(method, folder):  # noqa: F811
 
 
 @pytest.mark.parametrize("method", ABLATIONS)
-def test_without_what_prevents_it_a_method_collapses(method, folder):  # noqa: F811
+def test_without_what_prevents_it_a_method_collapses(method, folder):
     printed = succeed(method, *SHAPES, ABLATIONS[method])
     last = [x for x in printed.splitlines() if x.startswith(f"epoch {ABLATIONS[method]}/")][-1]
     kind = "a few directions" if "carp" in method.split() else "a point"
     assert f"collapsed to {kind}" in last
 
 
-def test_a_collapsed_encoder_scores_at_chance(folder):  # noqa: F811
+def test_a_collapsed_encoder_scores_at_chance(folder):
     weights = encoder_dict()["state_dict"]
     zeros = {key: torch.zeros_like(value) for key, value in weights.items()}
     store(encoder_dict(image_size=32, state_dict=zeros), "encoder.pt")

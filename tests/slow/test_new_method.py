@@ -7,7 +7,8 @@ import shutil
 import signal
 
 import pytest
-from test_training import ROOT, TINY, assert_same_run, finish, read_log, start, store, toy, wait_for
+from conftest import ROOT, finish, noise, start, store, wait_for
+from test_training import TINY, assert_same_run, read_log
 
 pytestmark = pytest.mark.slow
 SIMSIAM = '''# SPDX-License-Identifier: MIT
@@ -65,7 +66,7 @@ def project(tmp_path_factory):
     aside = shutil.ignore_patterns(".*", "__pycache__", "runs", "data", "shared")
     shutil.copytree(ROOT, copy, ignore=aside)
     (copy / "simsiam.py").write_text(SIMSIAM)
-    store(toy(160), copy / "toy.pt")
+    store(noise(160), copy / "toy.pt")
     yield copy
     shutil.rmtree(copy)
 
