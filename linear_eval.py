@@ -693,12 +693,6 @@ STRANGE = {  # what a file begins with: what it is
 }
 
 
-ANOTHER = {  # parts of names that torchvision's ResNets do not have: what they tell
-    r"(?<!\d\.)(conv1|stem)\.\d+\.": "several convolutions in its stem, an nn.Sequential",
-    r"\.filt\b": "blur-pool",
-}
-
-
 def read(path):
     """What torch.save wrote, of plain values alone; InputError for all else: no code is run."""
     check(path.is_file(), f"{path}: no such file")
@@ -744,6 +738,12 @@ def tensors_in(saved):
     return dict(sorted(found.items()))
 
 
+SIGNS = {  # parts of names that torchvision's ResNets do not have: what they tell
+    r"(?<!\d\.)(conv1|stem)\.\d+\.": "a stem that is an nn.Sequential",
+    r"\.filt$": "blur-pool",
+}
+
+
 def choose(tensors, path, key):
     """The one whole encoder, by its name the original and not a moving average of it."""
     found = list(candidates_in(tensors))
@@ -756,8 +756,9 @@ def choose(tensors, path, key):
     best = min(found, key=lambda one: len(one.wrong))
     text = f"{path}: no whole encoder: as a {best.arch}, what is under {best.prefix!r} has "
     text += f"{len(best.wrong)} tensors missing, misshapen or too many: {', '.join(best.wrong[:3])}"
-    signs = [what for sign, what in ANOTHER.items() if re.search(sign, " ".join(tensors))]
-    text += "".join(f"; it has {what}" for what in signs)
+    for sign, what in SIGNS.items():
+        names = [name for name in tensors if re.search(sign, name)]
+        text += f"; {names[0]} tells of {what}" if names else ""
     check(not best.wrong, f"{text}; only torchvision's own ResNets are taken")
     whole = [one for one in found if not one.wrong]
     words = {one.prefix: set(re.split(r"[._]", one.prefix.lower())) for one in whole}

@@ -108,7 +108,7 @@ def wait_for(path):
         time.sleep(0.01)
 
 
-def flags_of(path):
+def given_to_parse_args(path):
     """What a script hands to parse_args: its parser; of most, presets and what chooses of them."""
 
     def capture(*given, **kwargs):

@@ -230,6 +230,12 @@ def test_the_data_of_a_run_is_known_by_its_images(tmp_path):
 # Packed files, and the layouts in which datasets are published
 
 
+def test_without_unlabeled_images_all_are_labelled(tmp_path):
+    data = common.load_dataset(str(store(noise(), tmp_path / "mine.pt")))
+    assert torch.equal(data.pretrain.images, data.train.images)
+    assert torch.equal(data.pretrain.labels, data.train.labels)
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 def test_packed_file(tmp_path, channels):
     """Its images without labels are for pretraining alone."""

@@ -13,7 +13,7 @@ import shlex
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, flags_of
+from conftest import ROOT, given_to_parse_args
 from test_copyable import global_names
 
 import common
@@ -49,7 +49,7 @@ def check_commands(texts):
     for script, flags in commands:
         assert ROOT / script in SCRIPTS, f"{script} is no script of this repository"
         try:
-            flags_of(ROOT / script)[0].parse_args(flags)
+            given_to_parse_args(ROOT / script)[0].parse_args(flags)
         except (common.InputError, SystemExit) as error:  # --help exits with 0
             assert str(error) == "0", f"{script} does not take {shlex.join(flags)}: {error}"
     return [script for script, _ in commands]
@@ -100,7 +100,7 @@ def test_docstring_and_flags(path):
     common.py, or by the method that the benchmark runs."""
     docstring = ast.get_docstring(ast.parse(path.read_text()))
     assert str(path.relative_to(ROOT)) in check_commands([docstring])
-    flags = {flag.dest: flag.help for flag in flags_of(path)[0]._actions}
+    flags = {flag.dest: flag.help for flag in given_to_parse_args(path)[0]._actions}
     files = path, ROOT / "common.py", *[ROOT / "simclr.py"] * (path.name == "benchmark.py")
     code = " ".join(file.read_text() for file in files)
     read = {"help", *re.findall(r"\b(?:args|a)\.(\w+)\b(?! = )", code)}
@@ -111,7 +111,7 @@ def test_docstring_and_flags(path):
 @every_script
 def test_presets_set_what_the_flags_take(path):
     """The parser checks what is typed, not its defaults, among which the presets are."""
-    parser, words = flags_of(path)[0], {"default", *common.DATASETS}
+    parser, words = given_to_parse_args(path)[0], {"default", *common.DATASETS}
     for action in parser._actions:  # variants: values of flags with choices, names of switches
         words |= set(action.choices or ()) | ({action.dest} if action.const is True else set())
     needed = [x for a in parser._actions if a.required for x in (a.option_strings[0], "x")]

@@ -165,6 +165,7 @@ def test_encoder_file(finished):
     prefix = "backbone."
     backbone = {k.removeprefix(prefix): v for k, v in model.items() if k.startswith(prefix)}
     assert equal(saved["state_dict"], backbone)
+    assert backbone.keys() == common.resnet().state_dict().keys()  # torchvision's
 
 
 def test_what_is_printed(finished):

@@ -10,7 +10,7 @@ from unittest import mock
 
 import pytest
 import torch
-from conftest import CPU, ROOT, call, flags_of, noise, store, succeed
+from conftest import CPU, ROOT, call, given_to_parse_args, noise, store, succeed
 from PIL import Image
 from test_common import tree
 from test_data import Payload, save_pets
@@ -73,7 +73,9 @@ def command_line(rng, case):
     argv = ["--dataset", "toy.pt", *CPU, "--out", "new", *TINY[len(CPU) :]]
     argv = argv if "linear" not in script else ["--dataset", "toy.pt", *CPU]
     for _ in range(rng.randint(1, 2)):
-        flags = flags_of(ROOT / f"{script.split()[0]}.py")[0]._option_string_actions.keys()
+        flags = given_to_parse_args(ROOT / f"{script.split()[0]}.py")[
+            0
+        ]._option_string_actions.keys()
         flag = rng.choice(sorted(flags - {"-h", "--help"}))
         argv += [flag, rng.choice(ANYTHING)] if rng.random() < 0.9 else [flag]
     return script, argv
