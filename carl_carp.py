@@ -225,7 +225,7 @@ def main():
     data = common.prepare(args, args.method)
     backbone = common.resnet(args.arch, args.stem)
     args.hidden_dim = args.hidden_dim or backbone.num_features  # S001 5.8.2, 6.5.2
-    print(f"heads: {args.hidden_dim} hidden units; by default as many as h has")
+    print(f"heads: {args.hidden_dim} hidden units (default: the width of h)")
     kl = args.kl_start, args.kl_end, args.kl_decay
     model = CARLCARP(backbone, k, blocks, args.hidden_dim, args.dim, *kl, args.ablate)
     common.train(args.method, model, data, make_recipes(args), args)

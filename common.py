@@ -68,7 +68,7 @@ def train(method, model, data, recipes, args):
     model = set_up(model, args)
     optimizer = make_optimizer(model, args)
     scaler = torch.amp.GradScaler(torch.device(args.device).type, enabled=args.precision == "fp16")
-    part = rank(), world_size()
+    part = rank(), world_size()  # of each batch: (0, 1) where one process has all
     augment = Augment(recipes, args.image_size, data.mean, data.std, args.device, part)
     steps = len(data.pretrain) // args.batch_size  # in an epoch
     run = Run(method, model, optimizer, scaler, data, steps, args)
@@ -78,7 +78,7 @@ def train(method, model, data, recipes, args):
         augment.apply = compiled(augment.apply, args)
 
     for epoch in range(run.epoch + 1, args.epochs + 1):
-        skip = step - (epoch - 1) * steps  # where the epoch was stopped
+        skip = step - (epoch - 1) * steps  # of this epoch, done before a stop
         for images, labels in training_batches(data.pretrain, epoch, args, recipes, skip):
             warmup, total = args.warmup_epochs * steps, args.epochs * steps
             for group in optimizer.param_groups:
@@ -124,7 +124,7 @@ def make_optimizer(model, args, fused=True):
     if args.optimizer == "lars":
         return LARS(groups, args.scaled_lr, args.momentum)
     if args.optimizer == "sgd":
-        # Fused, it would read a momentum that a first step which the scaler skips never wrote.
+        # If the scaler skips the first step, fused SGD reads a momentum that nobody wrote.
         fused = fused and args.precision != "fp16"
         return torch.optim.SGD(groups, args.scaled_lr, args.momentum, fused=fused)
     adam = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[args.optimizer]
@@ -169,8 +169,9 @@ class LARS(torch.optim.Optimizer):
 class Augment:
     """uint8 images -> V normalised views, each float [B, 3, S, S] in channels_last.
 
-    The views differ in their draws only. So they are stacked, and each operation runs once for all:
-    crop and flip, jitter, grayscale, blur, solarise, normalise, in torchvision's order."""
+    All views go through the same operations, with other random numbers. So they are stacked, and
+    each runs once for all: crop and flip, jitter, grayscale, blur, solarise, normalise, in
+    torchvision's order."""
 
     def __init__(self, recipes, size, mean, std, device="cpu", part=(0, 1)):
         """part: (i, N) of a batch that N processes share, each with B images, i for this one."""
@@ -193,7 +194,7 @@ class Augment:
             return self.apply(images.repeat(views, 1, 1, 1), d).chunk(views)
         whole = {"top": pad, "left": pad, "height": self.size, "width": self.size}
         d |= {key: torch.full_like(d[key], value) for key, value in whole.items()}
-        return self.apply(images.transpose(0, 1).flatten(0, 1), d).chunk(views)  # flipped alone
+        return self.apply(images.transpose(0, 1).flatten(0, 1), d).chunk(views)  # flipped only
 
     def draw(self, n, height, width, rng) -> dict:
         """Every random number for n images: tensors whose first dimension is V * n, view 1 first.
@@ -255,8 +256,8 @@ class Augment:
 @dataclasses.dataclass(frozen=True)
 class Recipe:
     """How one view is drawn. jitter: ranges of brightness, contrast, saturation and hue. pad: where
-    above 0, the crop is one of the whole image's size after a black border of `pad` pixels, and
-    `scale` counts only for what is decoded from disk. policy: torchvision's name of an AutoAugment
+    above 0, the image gets a black border of `pad` pixels and is cropped back to its size; `scale`
+    is then only for what is decoded from disk. policy: torchvision's name of an AutoAugment
     policy, or none. All recipes of an Augment share pad and policy."""
 
     scale: tuple = (0.08, 1.0)
@@ -373,8 +374,8 @@ def color_jitter(x, brightness, contrast, saturation, hue, order):
     brightness, contrast, saturation: factors [B]; hue: shift [B] in turns; order: [B, 4], for each
     image a permutation of (0 brightness, 1 contrast, 2 saturation, 3 hue).
 
-    Without branches: the hue has one slot, with three slots before it and three after for the
-    rest; in a slot that an image does not need, the factor is 1 and nothing changes."""
+    Each image has its own order, yet all run the same code: three slots, the hue, three slots. In
+    a slot that an image does not use, the factor is 1 and nothing changes."""
     factors = torch.stack([brightness, contrast, saturation, hue], 1).gather(1, order)
     hue_at = order.argmax(1, keepdim=True)  # 3 is the largest
     place = torch.arange(4, device=x.device)
@@ -479,7 +480,7 @@ def resnet(arch="resnet18", stem="small") -> nn.Module:
 
 
 def mlp(*widths, batch_norm=True, bias=True, last_bias=True) -> nn.Sequential:
-    """Linear, batch norm where wanted and ReLU for each width but the last, a Linear alone."""
+    """For each width but the last Linear, batch norm where wanted, ReLU; for the last a Linear."""
     layers = []
     for d_in, d_out in zip(widths[:-2], widths[1:-1], strict=True):
         layers += [nn.Linear(d_in, d_out, bias=bias)]

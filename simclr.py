@@ -14,7 +14,7 @@ Loss (S000 eq. 23-24, S003 eq. 2.17), for the anchor i with the positive j:
 
 The denominator holds the positive; only the anchor itself is left out. log(2B - 1) - L bounds the
 mutual information of two views from below (InfoNCE: S000 proposition 7, with 2B - 1 candidates).
-It is logged as `mi_bound`, in nats: 0 at chance, and never above log(2B - 1).
+The bound is logged as `mi_bound`, in nats: 0 at chance, and never above log(2B - 1).
 
 Starts at log(2B - 1): to an untrained network all other views are as likely to be the positive.
 
@@ -24,7 +24,7 @@ Run:    python simclr.py --dataset cifar10 --epochs 200   (Python 3.10 or newer)
 Result: shapes, 8 epochs, two CPU cores, 0b351c9: kNN 98.3 %, 40 s, loss by epoch 5.54 to 3.19.
 
 Differences
- 1. S000 eq. 24 sums k to 2N, past its indices; the limit is N. Google's code adds the means over
+ 1. S000 eq. 24 sums k to 2N, but there are only N pairs. Google's code adds the means over
     the two views, twice this loss. HobbitLong/SupContrast multiplies it by tau / 0.07. Here: the
     paper's mean over the 2B anchors.
  2. The projector has one hidden layer with batch norm. Paper: one hidden layer, no batch norm
@@ -88,7 +88,7 @@ IMAGENET = {
     "temperature": 0.1,  # google, 100 epochs
     "batch_size": 4096,  # google
     "optimizer": "lars",  # google
-    "lr": 1.2,  # google: .075 sqrt(batch), the same at every batch
+    "lr": 1.2,  # google: .075 sqrt(batch), which is 1.2 at 256
     "lr_scaling": "sqrt",  # google
     "weight_decay": 1e-6,  # paper; google's README: 1e-4
     "image_size": 224,  # google
@@ -118,11 +118,11 @@ PRESETS = {
     "imagenet": IMAGENET | {"arch": "resnet50", "epochs": 100},  # google
     "tiny_imagenet": {"image_size": 64},  # htdt: 64 pixels, and lr 2e-3 for 512 images, as here
     "cifar10": {},
+    "cifar100": {},  # solo, htdt: as CIFAR-10
     "s002": {"epochs": 30, "batch_size": 256, "optimizer": "adam", "lr": 3e-4}  # Section 4
     | {"lr_scaling": "none", "schedule": "constant", "warmup_epochs": 0}
     | {"weight_decay": 0.0, "temperature": 0.5}  # InfoCL's code, as what follows
     | {"color_strength": 1.0, "blur": 0.0},
-    "cifar100": {},  # solo, htdt: as CIFAR-10
     "shapes": {  # ours: seconds an epoch on two cores
         "epochs": 8,
         "batch_size": 128,
@@ -146,7 +146,7 @@ def main():
     data = common.prepare(args, f"simclr_{args.recipe}" if args.recipe else "simclr")
     backbone = common.resnet(args.arch, args.stem)
     args.hidden_dim = args.hidden_dim or backbone.num_features  # google; S001 5.8.2
-    print(f"projector: {args.hidden_dim} hidden units; by default as many as h has")
+    print(f"projector: {args.hidden_dim} hidden units (default: the width of h)")
     model = SimCLR(backbone, args.hidden_dim, args.dim, args.temperature)
     recipes = common.symmetric(args.views, args.color_strength, args.crop_min, args.blur)
     common.train("simclr", model, data, recipes, args)

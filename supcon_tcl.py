@@ -215,7 +215,7 @@ def main():
     backbone = common.resnet(args.arch, args.stem)
     args.hidden_dim = args.hidden_dim or backbone.num_features  # S004 5.1
     if args.loss != "cross_entropy":
-        print(f"projector: {args.hidden_dim} hidden units; by default as many as h has")
+        print(f"projector: {args.hidden_dim} hidden units (default: the width of h)")
     heads, knobs = (args.hidden_dim, args.dim), (args.temperature, args.k1, args.k2)
     model = SupConTCL(backbone, len(data.classes), args.loss, *heads, *knobs, args.self_supervised)
 
