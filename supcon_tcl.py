@@ -207,8 +207,7 @@ def main():
     common.check(supervised or args.loss != "cross_entropy", needless)
     name = args.loss if supervised else f"{args.loss}_self_supervised"
     common.only_for(args.loss == "tcl", "--loss tcl", "--k1", "--k2")
-    projected = "--temperature", "--hidden-dim", "--dim"
-    common.only_for(args.loss != "cross_entropy", "--loss supcon or tcl", *projected)
+    common.only_for(args.loss != "cross_entropy", "--loss supcon or tcl", "--temperature")
     by_flags = "--blur", "--color-strength", "--crop-min"
     common.only_for(args.augment == "simaugment", "--augment simaugment", *by_flags)
     data = common.prepare(args, name, labels=supervised)

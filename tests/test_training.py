@@ -528,7 +528,6 @@ REFUSED = [  # flags after those of a run that is all right, perhaps with a scri
     ("carl_carp --num-blocks 2", "--num-blocks is for --method carp alone"),
     ("supcon_tcl --k2 2", "--k2 is for --loss tcl alone"),
     ("supcon_tcl --loss cross_entropy --temperature 1", "is for --loss supcon or tcl alone"),
-    ("supcon_tcl --loss cross_entropy --dim 8", "--dim is for --loss supcon or tcl alone"),
     ("supcon_tcl --crop-min 0.5", "--crop-min is for --augment simaugment alone"),
     ("--epoch 2", "unrecognized arguments: --epoch"),  # which could come to mean another flag
     ("--arch resnet19", "invalid choice: 'resnet19'"),
