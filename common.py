@@ -1689,6 +1689,8 @@ def resolve_hardware(args):
         reason = str(error).splitlines()[0]
         raise InputError(f"--device {args.device} cannot be used here: {reason}") from None
     kind = torch.device(args.device).type
+    if not hasattr(args, "small_maps"):  # which a run that goes on has
+        args.small_maps = kind == "cpu" and args.precision != "fp32"
     if args.precision is None:
         fast = kind == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
         if kind == "cuda":
@@ -1713,9 +1715,10 @@ def keep_freed_memory() -> None:
 
 
 class Conv3x3(nn.Conv2d):
-    """A plain 3x3 convolution with padding 1, [B, C, H, W], for CPUs in bf16. Of maps of 2 pixels a
-    side or 1, which layer3 and layer4 have of 32 pixels behind the ImageNet stem, each output pixel
-    sees the whole input: one matrix product does the same, and a step takes half of the time."""
+    """A plain 3x3 convolution with padding 1, [B, C, H, W], for CPUs. Of maps of 2 pixels a side or
+    1, which layer3 and layer4 have of 32 pixels behind the ImageNet stem, each output pixel sees
+    the whole input: one matrix product does the same, and a step takes less than half of the time.
+    It rounds differently: with --precision fp32 convolutions stay torch's own."""
 
     def forward(self, x):
         side = x.shape[-1]
@@ -1740,7 +1743,7 @@ def set_up(model, args):
     if args.increase_mi:
         model = MutualInformation(model, args.increase_mi, args.mi_weight, args.image_size)
     model = synchronized(model, args)
-    if torch.device(args.device).type == "cpu" and args.precision == "bf16":
+    if args.small_maps:
         plain = nn.Conv2d(1, 1, 3, padding=1, bias=False)
         same = "kernel_size", "padding", "padding_mode", "dilation", "groups", "bias"
         for module in model.modules():

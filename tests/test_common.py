@@ -164,7 +164,7 @@ def test_convolutions_set_up_on_a_cpu_are_the_same(side, how):
         return y, *torch.autograd.grad(y.square().sum(), (x, model[0].weight))
 
     plain = outcome(model)
-    common.set_up(model, hardware(concat_views=None, increase_mi=None, precision="bf16"))
+    common.set_up(model, hardware(concat_views=None, increase_mi=None, small_maps=True))
     assert (type(model[0]) is common.Conv3x3) == (how.keys() <= {"stride"})
     ours = outcome(torch.compile(model, backend="eager", fullgraph=True))
     for a, b in zip(ours, plain, strict=True):
@@ -177,6 +177,17 @@ def test_workers_leave_a_core_to_the_step(cores, workers, monkeypatch):
     args = hardware(workers=None)
     common.resolve_hardware(args)
     assert args.workers == workers
+
+
+@pytest.mark.parametrize("given, small_maps", [(None, True), ("bf16", True), ("fp32", False)])
+def test_fp32_that_is_asked_for_is_torchs_own(given, small_maps):
+    """Also where the run goes on, with the precision that was found for it."""
+    args = hardware(precision=given)
+    common.resolve_hardware(args)
+    assert args.small_maps is small_maps
+    args.precision = "fp32"
+    common.resolve_hardware(args)
+    assert args.small_maps is small_maps
 
 
 def test_unknown_resnet_is_named():
