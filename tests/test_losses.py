@@ -639,6 +639,8 @@ def test_noise_reaches_the_heads_in_training_and_nobody_else(kind):
     for grad in True, False:  # fine-tuning needs one
         with torch.set_grad_enabled(grad):
             assert torch.equal(model.eval().backbone(views[0]), model.backbone(views[0]))
+    with torch.no_grad():  # nor the collapse figures, which are of a copy in train mode
+        assert torch.equal(model.train().backbone(views[0]), model.backbone(views[0]))
 
 
 @pytest.mark.parametrize("size", [8, 32, 100, 224])
