@@ -2,11 +2,11 @@
 """BYOL: Bootstrap Your Own Latent, a New Approach to Self-Supervised Learning.
 J.-B. Grill, F. Strub, F. Altché, C. Tallec, P. H. Richemond et al., 2020, arXiv:2006.07733
 
-Idea. No negatives: from one view, an online network predicts what a target network says of the
-other view. The target is a slow moving average of the online network and takes no gradient. The
-same output for every image would be a perfect prediction, yet training does not end there: the
-predictor, which only the online network has, and the target's missing gradient keep it away. Take
-one of them out and see (--ablate).
+Idea. Images are not compared with each other: from one view, an online network predicts what a
+target network says of the other view. The target is a slow moving average of the online network
+and takes no gradient. The same output for every image would be a perfect prediction, yet training
+does not end there: the predictor, which only the online network has, and the target's missing
+gradient prevent it. Take one of them out and see (--ablate).
 
 Loss (S000 eq. 25, S003 eq. 2.20-2.21), with p = q(g(f(x))) online and z' of the target:
 
@@ -15,7 +15,7 @@ Loss (S000 eq. 25, S003 eq. 2.20-2.21), with p = q(g(f(x))) online and z' of the
 
 Starts at 4: an untrained predictor's output is orthogonal to the target's, in so many dimensions.
 
-Target, after every optimiser step:
+The target's weights xi follow the online ones, theta, after every optimiser step:
 
     xi  <- tau xi + (1 - tau) theta,    tau = 1 - (1 - tau_0) (cos(pi step / steps) + 1) / 2
 
@@ -93,7 +93,7 @@ class BYOL(nn.Module):
         else:
             loss_of = byol_loss
             with torch.no_grad():
-                z_target = common.forward_views(self.target, views, self.concat_views)  # [B, D]
+                z_target = common.forward_views(self.target, views, self.concat_views)  # as z
         # Not gathered from all processes: a mean over images is the mean of their parts' means.
         pairs = list(itertools.combinations(range(len(views)), 2))
         losses = [loss_of(p[i], z_target[j]) + loss_of(p[j], z_target[i]) for i, j in pairs]

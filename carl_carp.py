@@ -19,7 +19,7 @@ kl is the divergence of the mean assignment from uniform use: 0 if all prototype
 log K if one takes all. lambda_e falls linearly from kl_start to kl_end, then stays (eq. 5.8).
 Starts at log K (CARP: log N_B), as views agree by chance and kl is 0; ends at 2.5 (2.6) on shapes.
 
-Notation: p -> q1, q2, c -> prototypes, N_P -> num_blocks, N_B = K / N_P, lambda_e -> kl_weight.
+Notation: log p -> log_q1, c -> prototypes, N_P -> num_blocks, N_B = K / N_P, lambda_e -> kl_weight.
 
 Run:    python carl_carp.py --method carl --dataset cifar10 --epochs 200   (Python 3.10 or newer)
 Result: shapes, 10 epochs, two CPU cores, 0b351c9: CARL kNN 82.5 %, 48 s, CARP 89.5 %, 47 s.
@@ -65,9 +65,9 @@ def carl_loss(logits1: torch.Tensor, logits2: torch.Tensor, kl_weight: float = 1
         # In logarithms throughout: <q1, q2> underflows where confident views disagree.
         consistency = -(log_q1 + log_q2).logsumexp(1).mean()
         log_q = torch.cat([log_q1, log_q2])  # [2B, K]
-        n, k = (log_q.new_full((), size).log() for size in log_q.shape)  # log 2B, log K
-        log_mean = log_q.logsumexp(0) - n  # [K]
-        kl = k + (log_mean.exp() * log_mean).sum()
+        log_n, log_k = (log_q.new_full((), size).log() for size in log_q.shape)  # 2B and K
+        log_mean = log_q.logsumexp(0) - log_n  # [K]
+        kl = log_k + (log_mean.exp() * log_mean).sum()
         return consistency + kl_weight * kl
 
 
@@ -80,22 +80,22 @@ def carp_loss(
     logits1, logits2: [B, K], K a multiple of num_blocks (else ValueError). permutation: int64 [K],
     the order in which prototypes are dealt to blocks, the same for both views; random if None.
     Returns a scalar in nats, in float32 at least; of one block, carl_loss. S001 eq. 6.5-6.7."""
-    (batch, k), block = logits1.shape, logits1.shape[1] // num_blocks
-    if k != num_blocks * block:
+    k = logits1.shape[1]
+    if k % num_blocks:
         raise ValueError(f"{k} prototypes cannot be cut into {num_blocks} blocks of one size")
     if permutation is None:
         permutation = torch.randperm(k, device=logits1.device)
     with torch.autocast(logits1.device.type, enabled=False):
         dtype = torch.promote_types(logits1.dtype, torch.float32)
         log_q1, log_q2 = (
-            F.log_softmax(x.to(dtype)[:, permutation].view(batch, num_blocks, block), dim=2)
+            F.log_softmax(x.to(dtype)[:, permutation].unflatten(1, (num_blocks, -1)), dim=2)
             for x in (logits1, logits2)
         )  # [B, N_P, N_B]
         consistency = -(log_q1 + log_q2).logsumexp(2).mean()  # over images and blocks: 1 / (B N_P)
         log_q = torch.cat([log_q1, log_q2])  # [2B, N_P, N_B]
-        n, _, nb = (log_q.new_full((), size).log() for size in log_q.shape)  # log 2B, log N_B
-        log_mean = log_q.logsumexp(0) - n  # [N_P, N_B]
-        kl = nb + (log_mean.exp() * log_mean).sum(1)  # [N_P], each of them >= 0
+        log_n, _, log_nb = (log_q.new_full((), size).log() for size in log_q.shape)  # 2B and N_B
+        log_mean = log_q.logsumexp(0) - log_n  # [N_P, N_B]
+        kl = log_nb + (log_mean.exp() * log_mean).sum(1)  # [N_P], each of them >= 0
         return consistency + kl_weight * kl.mean()
 
 
@@ -126,12 +126,12 @@ class CARLCARP(nn.Module):
         scores = common.forward_views(self.prototypes, z, self.concat_views)  # V of [B, K]
         scores = common.gather(scores)  # from all processes
         pairs = list(itertools.combinations(scores, 2))
-        partition = torch.randperm(scores[0].shape[1], device=views[0].device)  # 6.3: every step
+        permutation = torch.randperm(scores[0].shape[1], device=views[0].device)  # 6.3: every step
 
         def mean_loss(kl_weight):
             if self.num_blocks is None:
                 return sum(carl_loss(a, b, kl_weight) for a, b in pairs) / len(pairs)
-            blocks = self.num_blocks, kl_weight, partition
+            blocks = self.num_blocks, kl_weight, permutation
             return sum(carp_loss(a, b, *blocks) for a, b in pairs) / len(pairs)
 
         with torch.no_grad():

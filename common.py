@@ -68,7 +68,7 @@ def train(method, model, data, recipes, args):
     model = set_up(model, args)
     optimizer = make_optimizer(model, args)
     scaler = torch.amp.GradScaler(torch.device(args.device).type, enabled=args.precision == "fp16")
-    part = rank(), world_size()  # of each batch: (0, 1) where one process has all
+    part = rank(), world_size()  # which part of a batch is this process's; (0, 1): all of it
     augment = Augment(recipes, args.image_size, data.mean, data.std, args.device, part)
     steps = len(data.pretrain) // args.batch_size  # in an epoch
     run = Run(method, model, optimizer, scaler, data, steps, args)
@@ -77,16 +77,17 @@ def train(method, model, data, recipes, args):
     if not recipes[0].policy:  # AutoAugment goes image by image
         augment.apply = compiled(augment.apply, args)
 
+    warmup, total = args.warmup_epochs * steps, args.epochs * steps
+    final = args.scaled_lr if args.schedule == "constant" else 0.0
+
     for epoch in range(run.epoch + 1, args.epochs + 1):
         skip = step - (epoch - 1) * steps  # of this epoch, done before a stop
         for images, labels in training_batches(data.pretrain, epoch, args, recipes, skip):
-            warmup, total = args.warmup_epochs * steps, args.epochs * steps
             for group in optimizer.param_groups:
-                final = args.scaled_lr if args.schedule == "constant" else 0.0
                 group["lr"] = learning_rate(step, total, warmup, args.scaled_lr, final)
 
             views = augment(images, generator(args.seed, "augment", step, args.device))
-            torch.manual_seed(derived_seed(args.seed, "model", step))  # for what it draws
+            torch.manual_seed(derived_seed(args.seed, "model", step))  # for what the model draws
             with autocast(args):
                 loss, terms = forward(views, labels)
             scaler.scale(loss).backward()
@@ -134,9 +135,9 @@ def make_optimizer(model, args, fused=True):
 class LARS(torch.optim.Optimizer):
     """Layer-wise adaptive rate scaling (You et al. 2017), the rule of facebookresearch/barlowtwins.
 
-    Tensors of two or more dimensions: u = grad + weight_decay * p, times trust_coefficient * |p| /
-    |u|. Tensors of one (biases, norms): u = grad. Then m = momentum * m + u and p = p - lr * m; the
-    learning rate stays outside the momentum."""
+    Tensors of two or more dimensions: u = grad + weight_decay * p, scaled to the length
+    trust_coefficient * |p|. Tensors of one (biases, norms): u = grad. Then m = momentum * m + u and
+    p = p - lr * m; the learning rate stays outside the momentum."""
 
     def __init__(self, params, lr, momentum=0.9, weight_decay=0.0, trust_coefficient=0.001):
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
@@ -169,12 +170,12 @@ class LARS(torch.optim.Optimizer):
 class Augment:
     """uint8 images -> V normalised views, each float [B, 3, S, S] in channels_last.
 
-    All views go through the same operations, with other random numbers. So they are stacked, and
-    each runs once for all: crop and flip, jitter, grayscale, blur, solarise, normalise, in
-    torchvision's order."""
+    The views differ in random numbers alone. So they are stacked, and each operation runs once for
+    all of them: crop and flip, jitter, grayscale, blur, solarise, normalise, in torchvision's
+    order."""
 
     def __init__(self, recipes, size, mean, std, device="cpu", part=(0, 1)):
-        """part: (i, N) of a batch that N processes share, each with B images, i for this one."""
+        """part: (i, N): this is process i of the N that share a batch, each with B images of it."""
         self.recipes, self.size, self.part = recipes, size, part
         self.mean = torch.tensor(mean, device=device).view(3, 1, 1)
         self.std = torch.tensor(std, device=device).view(3, 1, 1)
@@ -194,7 +195,7 @@ class Augment:
             return self.apply(images.repeat(views, 1, 1, 1), d).chunk(views)
         whole = {"top": pad, "left": pad, "height": self.size, "width": self.size}
         d |= {key: torch.full_like(d[key], value) for key, value in whole.items()}
-        return self.apply(images.transpose(0, 1).flatten(0, 1), d).chunk(views)  # flipped only
+        return self.apply(images.transpose(0, 1).flatten(0, 1), d).chunk(views)  # cropped before
 
     def draw(self, n, height, width, rng) -> dict:
         """Every random number for n images: tensors whose first dimension is V * n, view 1 first.
@@ -204,16 +205,16 @@ class Augment:
         policy, a seed for it."""
         drawn, how = [], {"device": rng.device, "generator": rng}
 
-        def uniform(low, high):
+        def uniform(low, high):  # `many` numbers, which each turn of the loop sets
             return torch.empty(many, device=rng.device).uniform_(low, high, generator=rng)
 
-        for recipe, alike in itertools.groupby(self.recipes):  # neighbours of one recipe at once
+        for recipe, alike in itertools.groupby(self.recipes):  # equal ones in a row at once
             many = n * len(list(alike))
             if recipe.pad:
                 side = min(height, width) - 2 * recipe.pad
-                box = torch.full((many,), side, device=rng.device)
+                sides = torch.full((many,), side, device=rng.device)
                 rest = height - side, width - side
-                crop = *(uniform(0, r + 1).long().clamp(max=r) for r in rest), box, box
+                crop = *(uniform(0, r + 1).long().clamp(max=r) for r in rest), sides, sides
             else:
                 crop = random_resized_crop_params(many, height, width, recipe.scale, **how)
             d = dict(zip(("top", "left", "height", "width"), crop, strict=True))
@@ -255,10 +256,10 @@ class Augment:
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """How one view is drawn. jitter: ranges of brightness, contrast, saturation and hue. pad: where
-    above 0, the image gets a black border of `pad` pixels and is cropped back to its size; `scale`
-    is then only for what is decoded from disk. policy: torchvision's name of an AutoAugment
-    policy, or none. All recipes of an Augment share pad and policy."""
+    """How one view is drawn. scale: range of the crop's share of the area. jitter: of brightness,
+    contrast, saturation, hue. pad: where above 0, the image gets a black border of `pad` pixels and
+    is cropped back to its size; `scale` is then only for what is decoded from disk. policy:
+    torchvision's name of an AutoAugment policy, or none. All of an Augment share pad and policy."""
 
     scale: tuple = (0.08, 1.0)
     jitter: tuple = (0.4, 0.4, 0.4, 0.1)
@@ -304,7 +305,7 @@ def random_resized_crop_params(
     h = h.gather(1, first)[:, 0].masked_fill(~some, min(height, round(width / ratio[0])))
     w = w.gather(1, first)[:, 0].masked_fill(~some, min(width, round(height * ratio[1])))
     u = torch.rand(2, n, device=device, generator=generator)
-    top = (u[0] * (height - h + 1)).long().minimum(height - h)  # u * n can round up to n
+    top = (u[0] * (height - h + 1)).long().minimum(height - h)  # u * k can round up to k
     left = (u[1] * (width - w + 1)).long().minimum(width - w)
     top = torch.where(some, top, (height - h) // 2)
     left = torch.where(some, left, (width - w) // 2)
@@ -334,7 +335,7 @@ def resampling_matrix(start, length, size_in, size_out, interpolation, mirror=No
     (bicubic), widened by the reduction, cut off at the border of the crop, normalised."""
     length, start = length.float()[:, None, None], start.float()[:, None, None]
     step = length / size_out  # input pixels per output pixel
-    reach = step.clamp(min=1)  # of the filter, the unit of all below
+    reach = step.clamp(min=1)  # of the filter: the unit of centre and t
     place = torch.arange(size_out, device=start.device)[:, None]
     if mirror is not None:
         place = torch.where(mirror[:, None, None], size_out - 1 - place, place)
@@ -462,7 +463,7 @@ def solarize(x, threshold=128 / 255):
 
 def resnet(arch="resnet18", stem="small") -> nn.Module:
     """torchvision's ResNet without `fc`: [B, 3, H, W] -> [B, F]; F is `.num_features`, 512 or 2048.
-    Its keys are torchvision's.
+    Its state_dict has torchvision's keys.
 
     stem "small", for images up to 64 pixels: a 3x3 convolution of stride 1 for the 7x7 of stride 2,
     and no max-pool (SimCLR, appendix B.9). "imagenet": torchvision's."""
@@ -480,24 +481,24 @@ def resnet(arch="resnet18", stem="small") -> nn.Module:
 
 
 def mlp(*widths, batch_norm=True, bias=True, last_bias=True) -> nn.Sequential:
-    """For each width but the last Linear, batch norm where wanted, ReLU; for the last a Linear."""
+    """Linear layers, widths[0] to widths[-1]; between them batch norm, if wanted, and ReLU."""
     layers = []
     for d_in, d_out in zip(widths[:-2], widths[1:-1], strict=True):
-        layers += [nn.Linear(d_in, d_out, bias=bias)]
-        layers += [nn.BatchNorm1d(d_out)] * batch_norm + [nn.ReLU(inplace=True)]
+        norm = [nn.BatchNorm1d(d_out)] if batch_norm else []
+        layers += [nn.Linear(d_in, d_out, bias=bias), *norm, nn.ReLU(inplace=True)]
     return nn.Sequential(*layers, nn.Linear(*widths[-2:], bias=last_bias))
 
 
 def forward_views(network, views, concat):
-    """The network's outputs for V views, a list. concat: all views in one batch, whose statistics
-    batch norm then takes, and half as much to launch for a GPU; else each view by itself."""
+    """A list of the network's outputs for V views. concat: in one batch, so that batch norm sees
+    all views at once, and a GPU has fewer kernels to launch; else each view by itself."""
     if not concat:
         return [network(x) for x in views]
     return list(network(torch.cat(list(views))).chunk(len(views)))
 
 
 # --------------------------------------------------------------------------------------------------
-# Here a learner may stop. What follows is not part of a training step.
+# Here a learner may stop. Of a training step only its batches, seeds, precision and log follow.
 # 5  What a representation is worth: features, nearest neighbours, collapse
 
 

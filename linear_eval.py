@@ -4,16 +4,16 @@
 linear   The encoder stays frozen, in eval mode: its tensors are compared bit for bit before and
          after. A linear layer is trained on its output with SGD, momentum .9, no weight decay,
          batches of 256, 100 epochs, random resized crops and flips (S003 5.2.5 and B.1.2), cosine
-         from lr .02 to .0002. Unlike there, features are standardised, for which held-out training
-         images of CIFAR-10 preferred .02 to S003's .2. With --cached features are computed once,
-         without augmentation: minutes, not hours, on a CPU. On shapes, 20 epochs, crops from .4.
-knn      Weighted nearest neighbours by cosine (Wu et al. 2018); the others report them as well.
+         from lr .02 to .0002. Unlike there, features are standardised; on held-out training images
+         of CIFAR-10, .02 then beat S003's .2. With --cached features are computed once, without
+         augmentation: minutes, not hours, on a CPU. On shapes, 20 epochs, crops from .4.
+knn      Weighted nearest neighbours by cosine (Wu et al. 2018); linear and finetune report it, too.
 finetune Encoder and classifier are trained together, 20 epochs, the encoder with a rate of its own,
          --encoder-lr .005, in steps (S003 B.2.5, whose rates 20 and 30 of the classifier are for
          features that are not standardised; here .2).
 
---recipe takes a thesis's settings, which are below at PRESETS. Of another --dataset than the
-encoder's, images are brought to the encoder's size and statistics (InfoCL takes the new dataset's).
+--recipe takes a thesis's settings, which are below at PRESETS. Images of another dataset than the
+encoder's are brought to the encoder's size and statistics (InfoCL takes the new dataset's).
 The accuracy is the last epoch's, on the test images. To choose anything, take
 --validation-fraction, which measures on held-out training images.
 
@@ -48,13 +48,13 @@ import common
 from common import check
 
 # --------------------------------------------------------------------------------------------------
-# Protocols. Each gives scores [N, C] of the classes for the test images.
+# Protocols. Of each, `measure` returns the scores [N, C] of the classes for the test images.
 
 
 def measure(encoder, original, data, train, test, args):
     """A namespace: scores, {"knn" and the protocol: [N, C] of the test images}; k; the linear
-    classifier, or None; and data, train, test, args, with which they were measured. train, test:
-    Splits with features [N, F] for data's images."""
+    classifier, or None; and data, train, test, args as given. train, test: Splits whose `images`
+    are features [N, F]. original: the encoder's state_dict, to compare."""
     torch.manual_seed(args.seed)
     finite = train.images.isfinite().all() and test.images.isfinite().all()
     check(finite, f"{args.checkpoint}: its features are not finite")
@@ -103,8 +103,8 @@ def linear_classifier(encoder, data, train, args):
 
 
 def finetune_protocol(encoder, data, train, args):
-    """Scores after encoder and classifier were trained together, in train mode, with rates that are
-    a fifth and a tenth after each quarter of the epochs (S003 B.2.5)."""
+    """Scores after encoder and classifier were trained together, in train mode. After each quarter
+    of the epochs their rates fall to a fifth (encoder) and a tenth (S003 B.2.5)."""
     head = new_head(encoder.num_features, len(data.classes), args)
     norm = nn.BatchNorm1d(encoder.num_features, affine=False)  # brings any scale to one
     mean, std = standardisation(train.images)
@@ -185,8 +185,8 @@ def augmented(data, epoch, args):
 
 
 def fitting_batch_size(count, args):
-    """--batch-size, or less, which fits `count` images and the processes. Of a few labels there are
-    eight steps in an epoch, or a rate meant for many would hardly move anything."""
+    """--batch-size, or less where `count` images or the processes ask for it. With few labels an
+    epoch has eight steps or more: at a rate meant for many, fewer would hardly move anything."""
     processes = common.world_size()
     least = 2 * processes if args.protocol == "finetune" else processes  # for its batch norm
     most = count if args.label_fraction == 1 else max(count // 8, least)

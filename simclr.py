@@ -2,10 +2,10 @@
 """SimCLR: A Simple Framework for Contrastive Learning of Visual Representations.
 T. Chen, S. Kornblith, M. Norouzi, G. Hinton, 2020, arXiv:2002.05709
 
-Idea. Two random views of an image should be recognisable as a pair among all views in the batch.
+Idea. Each of B images has two random views, which should be recognisable as a pair among all 2B.
 Every view is an anchor in turn: a softmax over its cosine similarities to the other 2B - 1 views,
-sharpened by a temperature, should put its mass on the other view of the same image. To tell an
-image from all others whatever the crop and the colours, a network has to see what is in it.
+sharpened by a temperature, should put its mass on the positive, the other view of its image. To
+tell an image from all others whatever the crop and colours, a network has to see what is in it.
 
 Loss (S000 eq. 23-24, S003 eq. 2.17), for the anchor i with the positive j:
 
@@ -46,7 +46,7 @@ import common
 
 
 def nt_xent_loss(z1: torch.Tensor, z2: torch.Tensor, temperature: float = 0.5) -> torch.Tensor:
-    """NT-Xent, the mean of -log softmax(positive) over the 2B anchors.
+    """Normalised temperature-scaled cross-entropy: mean of -log softmax(positive) over 2B anchors.
 
     z1, z2: [B, D] projections of the two views, not normalised. temperature: tau, no unit.
     Returns a scalar in nats, in float32 at least; log(2B - 1) when nothing is told apart.

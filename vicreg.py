@@ -14,8 +14,8 @@ Loss (S003 eq. 2.27-2.32, in the units of facebookresearch/vicreg main_vicreg.py
     c    = 1 / D * sum_{i != j} Cov(Z)_ij^2                        Cov with 1 / (n - 1)
     loss = lambda s + mu (v_1 + v_2) / 2 + nu (c_1 + c_2)
 
-Starts near 25 * 2 v + 25 (1 - sqrt v) = 22: batch norm, ReLU and torch's initial weights leave
-projections the variance v = (1/2 - 1/(2 pi)) / 3 = .114, and two views have nothing in common yet.
+Starts near 25 * 2 a + 25 (1 - sqrt a) = 22: batch norm, ReLU and torch's initial weights leave
+projections the variance a = (1/2 - 1/(2 pi)) / 3 = .114, and two views have nothing in common yet.
 
 Notation: lambda -> sim_weight, mu -> var_weight, nu -> cov_weight, n -> B, d -> D, Z -> z1, z2.
 
@@ -120,9 +120,9 @@ PRESETS = {
         "crop_min": 0.2,  # solo, CIFAR; official .08
         "blur": 0.0,  # solo on CIFAR; official 1.0
         "optimizer": "adam",  # as our SimCLR; official and solo: LARS
-        "lr": 1e-3,  # for 256 images; 20 steps of warm-up were too few (README.md)
+        "lr": 1e-3,  # for 256 images
         "weight_decay": 1e-6,  # official
-        "warmup_epochs": 10,  # official, solo
+        "warmup_epochs": 10,  # official, solo; 20 steps were too few (tests/results/README.md)
         "epochs": 200,  # the shorter of the public benchmarks; solo: 1000
         "batch_size": 256,  # solo
     },
