@@ -740,7 +740,8 @@ if sys.version_info < (3, 10):  # noqa: UP036
 
 BEGINNING = {".lock", "config.json", "views.png"}  # what comes before a checkpoint
 MACHINE = "resume out device workers compile scaled_lr".split()  # each start's own
-FREE = MACHINE + "init dataset data_dir save_every knn_every knn_bank knn_k knn_temperature".split()
+FREE = MACHINE + "init dataset data_dir small_maps save_every".split()
+FREE += "knn_every knn_bank knn_k knn_temperature".split()
 
 
 class Run:
@@ -817,12 +818,12 @@ class Run:
         for name, value in {"loss": loss, **terms}.items():
             value = value.detach().float() if isinstance(value, Tensor) else value
             self.sums[name] = self.sums.get(name, zero) + value  # read later, not to wait for it
-        if self.progress.update(step - self.epoch * self.steps, self.sums["loss"]):
-            self.means(self.sums)
         stopping = agreed(self.stop.number)
-        if stopping:
+        if stopping:  # before anything is printed: the terminal may be gone
             self.save()
             self.leave(stopping)
+        if self.progress.update(step - self.epoch * self.steps, self.sums["loss"]):
+            self.means(self.sums)
 
     def after_epoch(self, epoch):
         """The epoch's line: mean loss and terms, collapse figures, perhaps kNN. Saved at the first
@@ -870,7 +871,7 @@ class Run:
             print(f"kNN top-1 {last:.1%} ({', '.join(f'{k} {v:.1%}' for k, v in beside.items())})")
         print(f"{self.folder}: encoder.pt, checkpoint.pt, log.jsonl, config.json, views.png")
         print(shlex.join(["python", "linear_eval.py", "--curves", str(self.folder)]))
-        if not data.classes:
+        if len(data.classes) < 2:
             return
         words = ["--checkpoint", str(self.folder / "encoder.pt"), "--dataset", args.dataset]
         words += ["--data-dir", args.data_dir] if args.data_dir != "data" else []
@@ -1643,6 +1644,7 @@ def prepare(args, method, labels=False) -> Dataset:
     labels: whether the method needs them, so that unlabeled images stay out."""
     only_for(args.increase_mi, "--increase-mi", "--mi-weight")
     only_for(args.optimizer in ("sgd", "lars"), "--optimizer sgd or lars", "--momentum")
+    vars(args).setdefault("small_maps", args.precision != "fp32")  # a run that goes on has it
     resolve_hardware(args)
     data = load_once(args)
     if labels:
@@ -1659,7 +1661,7 @@ def prepare(args, method, labels=False) -> Dataset:
     check(args.warmup_epochs <= args.epochs, longer)
     if args.mi_weight is None:
         args.mi_weight = MI_WEIGHTS.get(args.increase_mi)
-    args.image_size = args.image_size or data.size
+    args.image_size = args.image_size or max(8, data.size)
     if args.stem == "auto":
         args.stem = "small" if args.image_size <= 64 else "imagenet"
     args.out = args.out or f"runs/{method}_{data.name}_{args.arch}"
@@ -1690,8 +1692,6 @@ def resolve_hardware(args):
         reason = str(error).splitlines()[0]
         raise InputError(f"--device {args.device} cannot be used here: {reason}") from None
     kind = torch.device(args.device).type
-    if not hasattr(args, "small_maps"):  # which a run that goes on has
-        args.small_maps = kind == "cpu" and args.precision != "fp32"
     if args.precision is None:
         fast = kind == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
         if kind == "cuda":
@@ -1744,7 +1744,7 @@ def set_up(model, args):
     if args.increase_mi:
         model = MutualInformation(model, args.increase_mi, args.mi_weight, args.image_size)
     model = synchronized(model, args)
-    if args.small_maps:
+    if torch.device(args.device).type == "cpu" and args.small_maps:
         plain = nn.Conv2d(1, 1, 3, padding=1, bias=False)
         same = "kernel_size", "padding", "padding_mode", "dilation", "groups", "bias"
         for module in model.modules():
@@ -1902,10 +1902,10 @@ class StopSignals:
 
 
 def leave_signals_to_the_parent(worker):
-    """A worker gets no signal of the terminal; it ends with its parent. SIGTERM is torch's."""
+    """A worker gets no signal that is meant for the run; it ends with its parent."""
     if hasattr(os, "setpgid"):  # not on Windows
         os.setpgid(0, 0)
-    for name in "SIGINT", "SIGHUP", "SIGUSR1":
+    for name in "SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1":
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
 

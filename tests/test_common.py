@@ -179,17 +179,6 @@ def test_workers_leave_a_core_to_the_step(cores, workers, monkeypatch):
     assert args.workers == workers
 
 
-@pytest.mark.parametrize("given, small_maps", [(None, True), ("bf16", True), ("fp32", False)])
-def test_fp32_that_is_asked_for_is_torchs_own(given, small_maps):
-    """Also where the run goes on, with the precision that was found for it."""
-    args = hardware(precision=given)
-    common.resolve_hardware(args)
-    assert args.small_maps is small_maps
-    args.precision = "fp32"
-    common.resolve_hardware(args)
-    assert args.small_maps is small_maps
-
-
 def test_unknown_resnet_is_named():
     for words in ["resnet19"], ["resnet18", "big"]:
         with pytest.raises(ValueError, match=words[-1]):

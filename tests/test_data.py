@@ -4,6 +4,7 @@ line; and the batches that come of them."""
 
 import functools
 import itertools
+import multiprocessing
 import os
 import re
 import shutil
@@ -18,7 +19,7 @@ import pytest
 import torch
 import torchvision
 import torchvision.transforms.functional as TF
-from conftest import noise, store
+from conftest import SIGNALS, noise, store
 from PIL import Image
 from test_common import MEAN, STD, close, hardware, noise_bytes, tree
 from torch import nn
@@ -368,6 +369,17 @@ def test_shapes():
 @pytest.fixture
 def streamed(tmp_path):
     return common.load_dataset(str(save_pets(tmp_path / "pets", MIXED))).train
+
+
+def test_a_worker_outlives_what_ends_a_run(streamed):
+    """Its run takes a step more, saves, and stops the workers itself."""
+    args = hardware(image_size=32, workers=1)
+    batches = common.batches_of(streamed, torch.arange(6).repeat(4), 1, args)
+    next(batches)
+    (worker,) = multiprocessing.active_children()
+    for number in SIGNALS:
+        os.kill(worker.pid, number)
+    assert len(list(batches)) == 23
 
 
 def test_decode_for_evaluation(streamed):

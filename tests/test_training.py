@@ -296,6 +296,16 @@ def test_images_of_several_sizes(small):
     assert without_speed(read_log("run")) == without_speed(read_log("again"))
 
 
+def test_tiny_images_of_one_class(small):
+    """They are enlarged to 8 pixels, and no evaluation is proposed, as there is nothing to tell."""
+    packed = noise(size=6) | {"classes": ["a"]}
+    packed["train"]["labels"].zero_()
+    store(packed | {"test": None}, "toy.pt")
+    printed = succeed("simclr", *SHORT)
+    assert printed.splitlines()[-1] == "python linear_eval.py --curves run"
+    assert load("run/encoder.pt")["image_size"] == 8
+
+
 def test_supervised_training_leaves_unlabeled_images_out(small):
     store(noise(16) | UNLABELED, "toy.pt")
     for script, steps in ("supcon_tcl", 1), ("simclr", 3):  # of 16 images: one step
@@ -398,6 +408,28 @@ def test_the_folder_is_enough_to_go_on(small, whole):
     assert "resumed from step 6 (epoch 1)" in succeed("simclr", *argv, "--out", "run")
     assert_same_run("run", whole("simclr"))
     assert "a run to begin needs --dataset" in fail("simclr", "--resume", "--out", "first")
+
+
+@pytest.mark.parametrize("given, small_maps", [([], True), (["--precision", "fp32"], False)])
+def test_fp32_that_is_asked_for_is_torchs_own(given, small_maps, small, monkeypatch):
+    """A run that goes on computes as it began, with what was found for it written out."""
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False, raising=False)
+    argv = "--dataset toy.pt --device cpu --batch-size 16 --epochs 1 --out run".split()
+    with arriving(at=2):
+        call("simclr", *argv, *given)
+    for more in [], ["--precision", "fp32"]:
+        *_, args = built("simclr", "--resume", "--out", "run", *more)
+        assert (args.precision, args.small_maps) == ("fp32", small_maps)
+    assert "resumed from step 2" in succeed("simclr", *argv, "--precision", "fp32", "--resume")
+
+
+def test_a_terminal_that_is_gone_does_not_keep_a_run_from_being_saved(small):
+    """Six lines go well: of five steps, as the clock is slow, and of the first epoch."""
+    lines = mock.Mock(side_effect=[None] * 6 + [OSError(errno.EIO, "gone")])
+    with arriving(at=6, number=signal.SIGHUP), slow_clock():
+        with mock.patch.object(common.Progress, "show", lines):
+            assert call("simclr", *THREE_EPOCHS, "--out", "run")[0] == 128 + signal.SIGHUP
+    assert load("run/checkpoint.pt")["step"] == lines.call_count == 6
 
 
 @pytest.mark.parametrize("epoch", [2, 3])
