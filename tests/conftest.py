@@ -34,6 +34,7 @@ torch.set_num_threads(1)  # networks as small as these only wait for a second on
 signal.signal(signal.SIGINT, signal.default_int_handler)
 CPU = "--device cpu --workers 0 --precision fp32".split()
 SIGNALS = signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # behind nohup it would stay ignored
 
 
 def pytest_configure(config):
