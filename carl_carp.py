@@ -23,7 +23,7 @@ Notation: log p -> log_q1, c -> prototypes, N_P -> num_blocks, N_B = K / N_P, la
 
 Run:    python carl_carp.py --method carl --dataset cifar10 --epochs 200   (Python 3.10 or newer)
 Result: shapes, 10 epochs, two CPU cores, 0b351c9: CARL kNN 82.5 %, 48 s, CARP 89.5 %, 47 s.
-        Other seeds: CARL 70.0 and 67.2 %, CARP 48.6 and 46.1 % (tests/results/README.md says why).
+        Other seeds: CARL 70.0 and 67.2 %, CARP 48.6 and 46.1 % (more: tests/results/README.md).
 
 Differences. Some of S001 does not work as printed; here is what it means.
  1. Listing 2 adds the entropy of qbar to the loss. To minimise it is to send every image to one
